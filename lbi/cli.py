@@ -1,0 +1,83 @@
+"""The command line: a Hydra application, and verbs for what was run.
+
+    python -m lbi quantizer=int8_wo                      one run
+    python -m lbi -m quantizer=none,int8_wo              a sweep
+    python -m lbi status|report|collect|doctor [SWEEP]   afterwards
+
+Overrides always hold a `=`, so verbs and overrides cannot be confused. Exit codes:
+0 all ok, 1 some cells failed, 2 the request was wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lbi.errors import InputError
+
+VERBS = ("status", "report", "collect", "sync", "doctor")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments and arguments[0] in VERBS:
+            from lbi import verbs
+
+            return verbs.run(arguments[0], arguments[1:])
+        if arguments and arguments[0] in ("-h", "--help"):
+            from lbi.overview import text
+
+            print(text())
+            return 0
+        word = next((item for item in arguments if "=" not in item and not item.startswith(("-", "~"))), None)
+        if word is not None and not _is_value(arguments, word):
+            raise InputError("command", word, "is neither a verb nor an override", f"Verbs: {', '.join(VERBS)}")
+        return _hydra(arguments)
+    except InputError as error:
+        print(f"lbi: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+def _is_value(arguments: Sequence[str], word: str) -> bool:
+    """Whether a word belongs to the option before it ("--config-dir FOLDER")."""
+    before = arguments[arguments.index(word) - 1] if arguments.index(word) else ""
+    return before in ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
+
+
+def _hydra(arguments: Sequence[str]) -> int:
+    """Hand over to Hydra, which comes back through the sweeper plugin."""
+    import hydra
+    from hydra.errors import HydraException
+
+    from lbi.compose import explain
+    from lbi.places import conf_folder
+
+    # Hydra finds plugins in the namespace package hydra_plugins, wherever parts of it lie.
+    plugins = str(Path(__file__).parent / "plugins")
+    if plugins not in sys.path:
+        sys.path.append(plugins)
+
+    @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
+    def application(config: Any) -> None:
+        raise InputError("hydra.mode", "RUN", "lbi plans every request as a sweep", "Leave hydra.mode alone")
+
+    before = sys.argv
+    sys.argv = ["lbi", *arguments]
+    # Hydra then raises what it finds wrong instead of printing it in its own words and exiting with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        application()
+    except HydraException as error:
+        raise InputError("request", None, explain(error), "See python -m lbi --help") from error
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+    return 0

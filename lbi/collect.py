@@ -1,0 +1,115 @@
+"""Joins a sweep's plan with the store: one row per cell, none missing.
+
+The rows are what every report is made of. They can be made again at any time, on any
+machine that sees the store, and while the sweep is running.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lbi.config import AXES
+from lbi.files import write_bytes, write_text
+from lbi.metrics import METRICS, WITH_ERROR, WITH_INTERVAL
+from lbi.plan import DUPLICATE, PRUNED
+from lbi.store import Store
+from lbi.sweep_folder import read_plan
+
+Row = dict[str, Any]
+
+OTHER_METRICS = (
+    "repetitions",
+    "interval_coverage",
+    "void_samples",
+    "foreign_cpu",
+    "mean_nll",
+    "quality_positions",
+)
+"""Numbers beside the metrics proper that say how those came about."""
+
+
+def metric_columns() -> list[str]:
+    """Every numeric column of a row, in order."""
+    columns = []
+    for name in METRICS:
+        columns.append(name)
+        if name in WITH_INTERVAL:
+            columns += [f"{name}_lo", f"{name}_hi"]
+        if name in WITH_ERROR:
+            columns.append(f"{name}_se")
+    return columns + list(OTHER_METRICS)
+
+
+def rows(store: Store, sweep: str) -> list[Row]:
+    """One row per cell of the plan, in the plan's order.
+
+    `status` is the result's status, or `pruned`, `duplicate`, `running`, `missing` (no result
+    yet). Numbers that a cell does not have are None.
+    """
+    return [_row(store, cell) for cell in read_plan(store, sweep)]
+
+
+def _row(store: Store, cell: dict[str, Any]) -> Row:
+    row: Row = {
+        "cell": cell["index"],
+        "name": cell["name"],
+        "verdict": cell["verdict"],
+        "status": "missing",
+        "reason": cell["reason"],
+        "rule": cell["rule"],
+        **{group: cell["choices"].get(group, "") for group in AXES},
+        "overrides": " ".join(cell["overrides"]),
+        "run_id": cell["run_id"],
+        "env_id": cell["env_id"],
+        "attempt": None,
+        "finished": None,
+        "folder": "",
+        "missing": {},
+        **dict.fromkeys(metric_columns()),
+    }
+    if cell["verdict"] in (PRUNED, DUPLICATE):
+        return row | {"status": cell["verdict"].lower()}
+    result = store.result(cell["run_id"], cell["env_id"])
+    if result is None:
+        running = store.running(cell["run_id"], cell["env_id"])
+        return row | ({"status": "running", "reason": "", "folder": str(running)} if running else {})
+    row |= {
+        "status": result.status,
+        "reason": result.reason,
+        "attempt": result.attempt,
+        "finished": result.finished,
+        "folder": str(result.folder),
+    }
+    measured = store.read(result, "metrics.json") if result.ok else None
+    if measured:
+        known = measured.get("metrics", {})
+        row |= {name: known.get(name) for name in metric_columns()}
+        row["missing"] = measured.get("missing", {})
+    return row
+
+
+def write_tables(folder: Path, table: Sequence[Row]) -> None:
+    """results.csv and results.parquet in the sweep's folder."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [name for name in (table[0] if table else {}) if name != "missing"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    write_text(folder / "results.csv", text.getvalue())
+    numbers = set(metric_columns()) | {"finished"}
+    fields = [
+        (name, pa.float64() if name in numbers else pa.int64() if name in ("cell", "attempt") else pa.string())
+        for name in columns
+    ]
+    schema = pa.schema(fields, metadata={"lbi_schema": "1"})
+    arrays = [{name: row[name] for name in columns} for row in table]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(arrays, schema=schema), sink)
+    write_bytes(folder / "results.parquet", sink.getvalue().to_pybytes())

@@ -1,0 +1,92 @@
+"""torch.compile, set from the compiler group alone, and what it really did.
+
+Quantizers change inductor's settings for the whole process (torchao by default,
+hqq through its backends). `CompilerState` takes them before anything is quantized
+and puts them back afterwards, so that a quantized cell is compiled like the baseline.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lbi.config import CompilerConfig
+from lbi.errors import Unsupported
+
+
+@dataclass(frozen=True, slots=True)
+class CompilerState:
+    """Settings that belong to the compiler group and that others are known to change."""
+
+    inductor: dict[str, Any]
+    matmul_precision: str
+
+    @classmethod
+    def take(cls) -> CompilerState:
+        import torch._inductor.config as inductor
+
+        return cls(inductor.get_config_copy(), torch.get_float32_matmul_precision())
+
+    def restore(self) -> list[str]:
+        """Put the settings back; the names of those that had been changed."""
+        import torch._inductor.config as inductor
+
+        now = inductor.get_config_copy()
+        changed = {name: value for name, value in self.inductor.items() if now.get(name) != value}
+        for name, value in changed.items():
+            setattr(inductor, name, value)
+        names = [f"inductor.{name}" for name in sorted(changed)]
+        if torch.get_float32_matmul_precision() != self.matmul_precision:
+            torch.set_float32_matmul_precision(self.matmul_precision)
+            names.append("float32_matmul_precision")
+        return names
+
+
+def inductor_options(config: CompilerConfig) -> dict[str, Any]:
+    """The mode's options and the config's own, as one mapping for torch.compile.
+
+    torch.compile takes a mode or options, not both. Raises `Unsupported` for an option
+    inductor does not have.
+    """
+    from torch._inductor import list_mode_options, list_options
+
+    known = list_options()
+    for name in config.options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"; close to: {', '.join(close)}" if close else ""
+            raise Unsupported(f"compiler.options.{name}: inductor {torch.__version__} has no such option{hint}")
+    options: dict[str, Any] = {}
+    if config.mode != "default":
+        options |= list_mode_options(config.mode, config.dynamic)
+    if config.coordinate_descent:
+        options["coordinate_descent_tuning"] = True
+    return options | config.options
+
+
+def compile_function(function: Callable[..., Any], config: CompilerConfig) -> Callable[..., Any]:
+    """`function` compiled by inductor as the config says."""
+    return torch.compile(
+        function,
+        backend="inductor",
+        fullgraph=config.fullgraph,
+        dynamic=config.dynamic,
+        options=inductor_options(config),
+    )
+
+
+def counters() -> dict[str, int]:
+    """What dynamo and inductor have done so far in this process."""
+    from torch._dynamo.utils import counters as raw
+
+    return {
+        "graphs": int(raw["stats"]["unique_graphs"]),
+        "graph_breaks": sum(raw["graph_break"].values()),
+        "frames": int(raw["frames"]["total"]),
+        "cache_hits": int(raw["inductor"]["fxgraph_cache_hit"]),
+        "cache_misses": int(raw["inductor"]["fxgraph_cache_miss"]),
+    }

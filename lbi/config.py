@@ -1,0 +1,252 @@
+"""Every knob of lbi, with its type, its unit and its bounds.
+
+A YAML file under `conf/<group>/` gives each knob of its group a value, and this
+file says what the value may be. Hydra composes the YAML; `typed.build` turns the
+composed mapping into these frozen dataclasses and refuses what does not fit,
+naming the field, the value and the way out.
+
+Torch is not imported here: the plan is made of these classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lbi.typed import knob
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which weights are run."""
+
+    name: str = knob("name shown in tables")
+    source: Literal["hf", "gguf", "random"] = knob(
+        "hf: a folder or hub id; gguf: one file, converted once; random: seeded weights from `arch`"
+    )
+    path: str | None = knob(
+        "folder, hub id or GGUF file; `package:NAME/FILE` is a file inside an installed package",
+        default=None,
+    )
+    revision: str | None = knob("branch, tag or commit of a hub id", default=None)
+    dtype: Literal["bfloat16", "float16", "float32"] = knob("type of the unquantized weights")
+    seed: int = knob("seed of random weights", default=0, low=0)
+    arch: dict[str, Any] | None = knob(
+        "fields of the model's config.json: what random weights are made from; for "
+        "other sources the shapes that the plan checks group sizes against",
+        default=None,
+    )
+    note: str | None = knob("what a reader of this model's results must know", default=None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """What turns a prompt into tokens."""
+
+    name: str = knob("name shown in tables")
+    kind: Literal["hf"] = knob("hf: transformers' generate()")
+    device: Literal["auto", "cpu", "cuda"] = knob("auto takes the GPU if there is one")
+    threads: int | None = knob(
+        "CPU threads of one run; null takes every core the process may use", default=None, low=1
+    )
+    attention: Literal["sdpa", "eager"] = knob("attention implementation asked of transformers")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizerConfig:
+    """How the weights of the linear layers are stored.
+
+    A YAML under conf/quantizer lists the knobs its family reads and leaves the
+    rest out: setting one that is not listed is refused, never ignored.
+    """
+
+    name: str = knob("name shown in tables")
+    family: str = knob("module of lbi.quantizers that applies it")
+    method: str = knob("function of that module's table")
+    bits: int | None = knob("bits of one weight, without scales", default=None, low=1, high=16)
+    group_size: int | None = knob(
+        "weights of one row that share a scale; null: the whole row", default=None, low=1
+    )
+    symmetric: bool | None = knob("no zero point", default=None)
+    axis: Literal[0, 1] | None = knob(
+        "hqq: the axis along which a group lies; 1: along the inputs", default=None
+    )
+    qparams: str | None = knob("how scales and zeros are found", default=None)
+    skip: tuple[str, ...] = knob(
+        "linear layers left unquantized on purpose: endings of their names", default=()
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompilerConfig:
+    """What compiles the forward pass."""
+
+    name: str = knob("name shown in tables")
+    backend: Literal["eager", "inductor"] = knob("eager runs op by op")
+    mode: Literal[
+        "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+    ] = knob("torch.compile's mode", default="default")
+    fullgraph: bool = knob("a graph break is an error", default=True)
+    dynamic: bool | None = knob("shapes: false static, true dynamic, null decided by torch", default=False)
+    prefill: bool = knob("compile the prefill too, not only the decode step", default=False)
+    coordinate_descent: bool = knob(
+        "inductor's coordinate descent tuning: rewrites M=1 matmuls into fused reductions",
+        default=False,
+    )
+    options: dict[str, Any] = knob("any other inductor option, by its name", default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodingConfig:
+    """How the next token is chosen."""
+
+    name: str = knob("name shown in tables")
+    kind: Literal["greedy", "sampling"] = knob("greedy takes the most likely token")
+    temperature: float | None = knob("sampling: divides the logits", default=None, above=0.0)
+    top_k: int | None = knob("sampling: keep the k likeliest tokens; null: all", default=None, low=1)
+    top_p: float | None = knob(
+        "sampling: keep the likeliest tokens up to this probability", default=None, above=0.0, high=1.0
+    )
+    seed: int | None = knob("sampling: seed of each repetition", default=None, low=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """Where keys and values of past tokens are kept."""
+
+    name: str = knob("name shown in tables")
+    kind: Literal["dynamic", "static"] = knob("dynamic grows by a token a step; static is allocated once")
+    max_len: int | None = knob(
+        "static: slots, in tokens; null: exactly what the workload needs", default=None, low=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkloadConfig:
+    """What is generated from what."""
+
+    name: str = knob("name shown in tables")
+    prompt: str = knob("the prompt itself, or `text:NAME` for a text of lbi/texts")
+    prompt_tokens: int | None = knob(
+        "cut or repeat the prompt to this many tokens; null: as it is", default=None, low=1
+    )
+    new_tokens: int = knob("tokens generated, EOS ignored", low=2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QualityConfig:
+    """How far the cell is from the unquantized model."""
+
+    name: str = knob("name shown in tables")
+    enabled: bool = knob("score at all")
+    text: str = knob("a file, or `text:NAME` for a text of lbi/texts", default="text:quality")
+    tokens: int = knob("tokens of the text that are used, at most", default=2048, low=2)
+    window: int = knob("tokens of one forward pass; the context starts anew at each", default=512, low=2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasureConfig:
+    """How often, and when a sample counts."""
+
+    name: str = knob("name shown in tables")
+    repetitions: int = knob("samples wanted", low=1)
+    warmup: int = knob("generations before the first sample", low=1)
+    void_budget: int = knob("samples that may be void and repeated before the run fails", default=5, low=0)
+    cooldown_s: float = knob("pause before each sample, in seconds", default=0.0, low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceConfig:
+    """Profiler trace, taken after the measurement and never inside it."""
+
+    name: str = knob("name shown in tables")
+    kind: Literal["off", "profiler"] = knob("profiler: torch.profiler over a few decode steps")
+    tokens: int = knob("decode steps that are traced", default=4, low=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackerConfig:
+    """Where results are shown, besides the store."""
+
+    name: str = knob("name shown in tables")
+    kind: Literal["none", "wandb"] = knob("wandb: one W&B run per result")
+    mode: Literal["auto", "online", "offline"] = knob(
+        "auto: online with a key and a server that answers, else offline", default="auto"
+    )
+    project: str = knob("W&B project", default="lbi")
+    entity: str | None = knob("W&B team or user; null: the key's own", default=None)
+    timeout_s: float = knob("bound on everything the tracker does for one sweep, in seconds", default=120.0, above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResourcesConfig:
+    """What a run may use and for how long. Never changes what is measured."""
+
+    name: str = knob("name shown in tables")
+    run_timeout_s: float = knob("a run that takes longer is stopped as `timeout`, in seconds", above=0.0)
+    stop_grace_s: float = knob("time a child gets to end by itself when stopped, in seconds", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreConfig:
+    """Where results are kept."""
+
+    name: str = knob("name shown in tables")
+    path: str = knob("folder of the store, relative to the current folder")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """What to do with the plan."""
+
+    name: str | None = knob("folder of this sweep in the store; null: made from the command line", default=None)
+    dry_run: bool = knob("print the plan and stop", default=False)
+    mode: Literal["cached", "retry", "force", "read_only"] = knob(
+        "cached: run what has no result; retry: failed cells too; force: all; read_only: nothing",
+        default="cached",
+    )
+    reuse: Literal["exact", "same_versions", "same_gpu", "any"] = knob(
+        "what a stored result must share with this machine: git state too, package versions, "
+        "only the device, nothing",
+        default="same_versions",
+    )
+    prune: bool = knob("leave out what rules.py refuses; false runs it, to test a rule", default=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """What the report says."""
+
+    baseline: str | None = knob(
+        "cell that ratios refer to, by a part of its name or its run id; null: the plainest one",
+        default=None,
+    )
+    max_kld: float = knob("a cell within this mean KLD may be called the answer, in nats", default=0.05, low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LbiConfig:
+    """One cell of the grid, resolved. Field names are the config groups."""
+
+    model: ModelConfig
+    engine: EngineConfig
+    quantizer: QuantizerConfig
+    compiler: CompilerConfig
+    decoding: DecodingConfig
+    cache: CacheConfig
+    workload: WorkloadConfig
+    quality: QualityConfig
+    measure: MeasureConfig
+    trace: TraceConfig
+    tracker: TrackerConfig
+    resources: ResourcesConfig
+    store: StoreConfig
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+
+AXES = ("model", "engine", "quantizer", "compiler", "decoding", "cache", "workload")
+"""Groups that name a cell in tables, in the order of their columns."""
+
+IDENTITY = (*AXES, "quality", "measure")
+"""Groups that can change a result: together they make the run_id."""

@@ -1,0 +1,187 @@
+"""Drives a sweep from the command line to its report: plan, show, run, collect, track.
+
+Called by the sweeper plugin. Exit codes: 0 all cells ok, 1 some cells failed or are
+missing, 2 the request was wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.errors import HydraException
+
+from lbi import schedule
+from lbi.collect import rows, write_tables
+from lbi.compose import Composed, Composer, parse
+from lbi.config import LbiConfig
+from lbi.errors import InputError
+from lbi.plan import PRUNED, RUN, Plan, make_plan
+from lbi.store import Store
+from lbi.sweep_folder import write_plan
+
+OK, SOME_FAILED = 0, 1
+
+WITHOUT_NAME = ("sweep.", "store", "tracker", "resources", "report.", "trace", "hydra")
+"""Overrides that begin so do not make another sweep of the same grid."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command line asked for, as Hydra hands it over."""
+
+    loader: ConfigLoader
+    config_name: str
+    arguments: tuple[str, ...]
+    hydra_overrides: tuple[str, ...]
+    params: dict[str, Any]
+    grids: tuple[dict[str, Any], ...]
+
+    def composers(self) -> list[Composer]:
+        """One composer per grid: `params` crossed with each of `grids`, or `params` alone."""
+        made = []
+        for grid in self.grids or ({},):
+            preset = [f"{key}={value}" for key, value in {**self.params, **grid}.items()]
+            fixed, axes, order = parse([*self.hydra_overrides, *preset, *self.arguments])
+            made.append(Composer(self.loader, self.config_name, fixed, axes, order))
+        return made
+
+
+def drive(request: Request, launcher: Any) -> None:
+    """Carry out the request. Raises `SystemExit` with the exit code unless all cells are ok.
+
+    Raises `InputError` or `HydraException` for a request that cannot be carried out.
+    """
+    code = _drive(request, launcher)
+    if code != OK:
+        raise SystemExit(code)
+
+
+def _drive(request: Request, launcher: Any) -> int:
+    from lbi.report import terminal
+
+    started = time.time()
+    store, plan = _plan(request)
+    config = _any_config(plan)
+    name = config.sweep.name or sweep_name(request, plan)
+    runs = plan.having(RUN)
+    terminal.show_plan(plan, name, store, schedule.estimate(runs, store))
+    if config.sweep.dry_run:
+        return OK
+    if all(cell.verdict == PRUNED for cell in plan.cells):
+        raise InputError("overrides", " ".join(request.arguments), "no cell of the grid can run; the reasons are above")
+    if not hasattr(launcher, "executor"):
+        raise InputError(
+            "hydra/launcher", type(launcher).__name__, "cannot run lbi's plan", "Use hydra/launcher=lbi_local"
+        )
+    write_plan(store, name, plan, header(request, plan, started))
+    stopped = False
+    if runs:
+        units = schedule.make_units(runs)
+        schedule.save_units(units, store, name, started)
+        with terminal.Live(len(runs), store, name) as live:
+            stopped = launcher.executor().execute(units, store, live.report, started).wanted
+    return finish(store, name, config, stopped)
+
+
+def _plan(request: Request) -> tuple[Store, Plan]:
+    """The store and the plan. The store's path is the same for all cells, so the first cell names it."""
+    started = time.perf_counter()
+    cells = list(itertools.chain.from_iterable(request.composers()))
+    first = next((cell for cell in cells if cell.error is None), None)
+    if first is None:
+        raise InputError("overrides", " ".join(cells[0].overrides), str(cells[0].error))
+    settings = first.sections["sweep"]
+    read_only = bool(settings["dry_run"]) or settings["mode"] == "read_only"
+    store = Store.open(str(first.sections["store"]["path"]), write=not read_only)
+    return store, make_plan(cells, store, started)
+
+
+def finish(store: Store, name: str, config: LbiConfig, stopped: bool) -> int:
+    """Write the tables and the report, hand the results to the tracker, and say what came out."""
+    from lbi.report import html, terminal
+    from lbi.trackers import track
+
+    table = rows(store, name)
+    folder = store.sweep_folder(name)
+    write_tables(folder, table)
+    html.write(store, name)
+    terminal.show_results(store, name)
+    print(track(store, name, config.tracker))
+    if stopped:
+        print("Stopped. Finished cells are kept; the same command runs the rest.")
+    return OK if all(row["status"] in ("ok", "pruned", "duplicate") for row in table) else SOME_FAILED
+
+
+def header(request: Request, plan: Plan, started: float) -> dict[str, Any]:
+    """What the sweep's folder keeps about the request."""
+    config = _any_config(plan)
+    notes = {cell.config.model.name: cell.config.model.note for cell in plan.cells if cell.config}
+    return {
+        "command": "python -m lbi -m " + shlex.join(request.arguments),
+        "planned": started,
+        "baseline": config.report.baseline,
+        "max_kld": config.report.max_kld,
+        "notes": {model: note for model, note in notes.items() if note},
+        "problems": plan.problems,
+    }
+
+
+def sweep_name(request: Request, plan: Plan) -> str:
+    """The preset's name, and a few digits for whatever was added to it; the same command has the same name."""
+    preset = next((item.split("=", 1)[1] for item in request.arguments if item.startswith("+sweep=")), None)
+    rest = sorted(item for item in request.arguments if not item.lstrip("+~").startswith(("sweep=", *WITHOUT_NAME)))
+    digits = hashlib.sha256("\n".join(rest).encode()).hexdigest()[:6]
+    if preset:
+        return f"{preset}-{digits}" if rest else preset
+    return f"{'run' if len(plan.cells) == 1 else 'sweep'}-{digits}"
+
+
+def launch(launcher: Any, job_overrides: Sequence[Sequence[str]]) -> list[Any]:
+    """Hydra's launcher contract, for sweepers other than ours.
+
+    Each job's return value is its `tpot_s`, so that a search that minimizes finds the fastest
+    setting; a job without a number comes back as failed, with the reason.
+    """
+    from hydra.core.utils import JobReturn, JobStatus
+
+    from lbi.report import terminal
+
+    started = time.time()
+    hydra_overrides = tuple(str(item) for item in launcher.config.hydra.overrides.hydra)
+    config_name = str(launcher.config.hydra.job.config_name)
+    composed: list[Composed] = []
+    for job in job_overrides:
+        fixed, axes, order = parse([*hydra_overrides, *job])
+        composed += Composer(launcher.hydra_context.config_loader, config_name, fixed, axes, order)
+    try:
+        store = Store.open(str(composed[0].sections["store"]["path"]), write=True)
+        plan = make_plan(composed, store, time.perf_counter())
+    except InputError as error:
+        raise HydraException(str(error)) from error
+    runs = plan.having(RUN)
+    with terminal.Live(len(runs), store, "") as live:
+        launcher.executor().execute(schedule.make_units(runs), store, live.report, started)
+    returns = []
+    for cell in plan.cells:
+        done = JobReturn(overrides=list(cell.overrides), status=JobStatus.COMPLETED)
+        result = store.result(cell.run_id, cell.env_id) if cell.run_id else None
+        measured = store.read(result, "metrics.json") if result and result.ok else None
+        if measured:
+            done.return_value = measured["metrics"]["tpot_s"]
+        else:
+            done.status = JobStatus.FAILED
+            done.return_value = HydraException(f"{cell.name}: {result.reason if result else cell.reason}")
+        returns.append(done)
+    return returns
+
+
+def _any_config(plan: Plan) -> LbiConfig:
+    """A cell's config, for what all cells share: the sweep, report, store and tracker sections."""
+    return next(cell.config for cell in plan.cells if cell.config is not None)

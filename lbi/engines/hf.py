@@ -1,0 +1,155 @@
+"""transformers' generate(), as a user would call it.
+
+Compilation is ours, not generate's: its automatic compilation starts by itself for
+a static cache on CUDA and is skipped without an error on a CPU, so it is switched
+off and the decode step is compiled here, from the compiler group alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from lbi.config import LbiConfig
+from lbi.engines import Generation
+from lbi.metrics import Timing
+
+
+class TokenClock(LogitsProcessor):  # type: ignore[misc]
+    """Notes when the logits of each new token are there, without making the host wait.
+
+    On CUDA an event is recorded on the stream and read after the call; on a CPU the
+    call itself is the moment.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.marks: list[Any] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.mark()
+        return scores
+
+    def mark(self) -> None:
+        """Note the present moment of the device."""
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Seconds of each mark after the first one."""
+        if not self.cuda:
+            return [mark - self.marks[0] for mark in self.marks]
+        torch.cuda.synchronize()
+        return [self.marks[0].elapsed_time(mark) / 1e3 for mark in self.marks]
+
+
+class LogitsKeeper(LogitsProcessor):  # type: ignore[misc]
+    """Keeps each step's logits before any sampling rule changes them."""
+
+    def __init__(self) -> None:
+        self.kept: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.kept.append(scores[0].float().cpu())
+        return scores
+
+
+class HfEngine:
+    """engine=hf. `model` is already quantized; `slots` is the length of a static cache, in tokens."""
+
+    def __init__(self, model: Any, config: LbiConfig, slots: int) -> None:
+        self.model, self.config, self.slots = model, config, slots
+        self.device = config.engine.device
+        # generate() fills what is unset in its config from the model's own: EOS must not come back that way.
+        model.generation_config = GenerationConfig(pad_token_id=0)
+
+    def compile(self) -> None:
+        """Replace the model's forward by its compiled form for the decode step (and the prefill, if asked)."""
+        from lbi.compilers import compile_function
+
+        plain = self.model.forward
+        compiled = compile_function(plain, self.config.compiler)
+        prefill = compiled if self.config.compiler.prefill else plain
+
+        @functools.wraps(plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            tokens = kwargs.get("input_ids", args[0] if args else None)
+            return (compiled if tokens is not None and tokens.shape[1] == 1 else prefill)(*args, **kwargs)
+
+        self.model.forward = forward
+
+    def generate(self, prompt: list[int], new_tokens: int, *, seed: int, inspect: bool = False) -> Generation:
+        """See `Engine.generate`."""
+        ids = torch.tensor([prompt], device=self.device)
+        clock, keeper = TokenClock(self.device), LogitsKeeper()
+        processors = LogitsProcessorList([keeper, clock] if inspect else [clock])
+        settings = self._settings(new_tokens, inspect)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            clock.mark()
+            output = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=settings, logits_processor=processors
+            )
+            clock.mark()
+        start, *tokens, end = clock.seconds()
+        timing = Timing(start, tuple(tokens), end, len(prompt))
+        if not inspect:
+            return Generation(output[0, len(prompt) :].tolist(), timing)
+        return Generation(
+            output.sequences[0, len(prompt) :].tolist(),
+            timing,
+            torch.stack(keeper.kept),
+            describe_cache(output.past_key_values),
+        )
+
+    def forward(self, tokens: list[int]) -> torch.Tensor:
+        """See `Engine.forward`."""
+        with torch.no_grad():
+            output = self.model(torch.tensor([tokens], device=self.device), use_cache=False)
+        return output.logits[0]  # type: ignore[no-any-return]
+
+    def _settings(self, new_tokens: int, inspect: bool) -> GenerationConfig:
+        decoding, cache = self.config.decoding, self.config.cache
+        sampling: dict[str, Any] = {"do_sample": False}
+        if decoding.kind == "sampling":
+            sampling = {
+                "do_sample": True,
+                "temperature": decoding.temperature,
+                # 0 and 1.0 switch the two filters off; unset, generate() would apply its own.
+                "top_k": decoding.top_k or 0,
+                "top_p": decoding.top_p or 1.0,
+            }
+        static = {"cache_implementation": "static", "max_cache_len": self.slots} if cache.kind == "static" else {}
+        return GenerationConfig(
+            max_new_tokens=new_tokens,
+            pad_token_id=0,
+            use_cache=True,
+            disable_compile=True,
+            return_dict_in_generate=inspect,
+            **sampling,
+            **static,
+        )
+
+
+def describe_cache(cache: Any) -> dict[str, Any]:
+    """Class, slots, type and storage of a transformers cache, read from its tensors."""
+    layers = [layer for layer in getattr(cache, "layers", []) if getattr(layer, "keys", None) is not None]
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    return {
+        "class": type(cache).__name__,
+        "layer_class": type(layers[0]).__name__ if layers else None,
+        "dtype": str(tensors[0].dtype).removeprefix("torch.") if tensors else None,
+        "slots": int(tensors[0].shape[-2]) if tensors else 0,
+        "bytes": sum(tensor.untyped_storage().nbytes() for tensor in tensors),
+        "bytes_per_slot": sum(tensor.numel() * tensor.element_size() // tensor.shape[-2] for tensor in tensors),
+    }

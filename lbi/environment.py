@@ -1,0 +1,169 @@
+"""What this machine is, read without importing torch.
+
+The plan needs an env_id in milliseconds, on a login node as on a laptop, so
+package versions come from their metadata and the GPU from nvidia-smi.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lbi
+from lbi.identity import digest
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "torchao",
+    "hqq",
+    "gemlite",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "gguf",
+)
+"""Packages whose version can change a number: they are part of the env_id."""
+
+
+def describe() -> dict[str, Any]:
+    """Everything recorded beside a result: hardware, software, code."""
+    return {
+        "host": platform.node(),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "memory_bytes": memory_bytes(),
+        "gpus": gpus(),
+        "packages": packages(),
+        "lbi": lbi.__version__,
+        "git": git_state(),
+    }
+
+
+def key(device: str) -> dict[str, Any]:
+    """The part of the environment that can change a number on `device` (cpu or cuda)."""
+    hardware: dict[str, Any] = {"cpu": cpu_model(), "cores": cores()}
+    if device == "cuda":
+        cards = gpus()
+        hardware = {
+            "gpu": cards[0]["name"] if cards else None,
+            "driver": cards[0]["driver"] if cards else None,
+        }
+    return {"device": device, **hardware, "packages": packages(), "lbi": lbi.__version__}
+
+
+def identify(device: str) -> str:
+    """The env_id of this machine for runs on `device`."""
+    return digest("env", key(device))
+
+
+def packages() -> dict[str, str]:
+    """Installed versions of `PACKAGES`; a package that is not there is left out.
+
+    A CUDA build of torch names its CUDA in the version ("2.11.0+cu130").
+    """
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def cpu_model() -> str:
+    """The processor's name, as the kernel gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores this process may use, which a container or a scheduler may have cut."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Memory of the machine, or of the control group where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(name).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+@cache
+def gpus() -> list[dict[str, Any]]:
+    """Name, uuid, driver and memory of each NVIDIA GPU; an empty list where there is none."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return []
+    query = "name,uuid,driver_version,memory.total,compute_cap"
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    cards = []
+    for line in listed.splitlines():
+        name, uuid, driver, memory, capability = (part.strip() for part in line.split(","))
+        cards.append(
+            {
+                "name": name,
+                "uuid": uuid,
+                "driver": driver,
+                "memory_bytes": int(float(memory)) * 2**20 if memory.replace(".", "").isdigit() else None,
+                "compute_capability": capability,
+            }
+        )
+    return cards
+
+
+@cache
+def git_state() -> dict[str, Any] | None:
+    """Commit of lbi's own checkout and a hash of its uncommitted changes; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    # An installed copy may lie inside some other repository; that one says nothing about lbi.
+    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changes = _git(folder, "diff", "HEAD", "--", str(folder)) or ""
+    return {
+        "commit": commit.strip(),
+        "dirty": hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else None,
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout

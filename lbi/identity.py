@@ -1,0 +1,57 @@
+"""When are two cells the same measurement, and when is an old result still good?
+
+`run_id` names a setting: what is measured, without where the result goes.
+`env_id` names the machine and the software that can change a number.
+A result in the store belongs to one pair of the two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lbi.config import IDENTITY, ModelConfig
+from lbi.model_files import ModelFacts
+from lbi.typed import plain
+
+VERSION = 1
+"""Part of every run_id: raised when the same configuration comes to mean another measurement."""
+
+DISPLAY_ONLY = frozenset({"name", "note"})
+
+
+def canonical(section: Mapping[str, Any]) -> str:
+    """A section of a config as JSON that two spellings of one setting share.
+
+    Keys are sorted and the knobs that only label a table are left out.
+    """
+    kept = {key: value for key, value in section.items() if key not in DISPLAY_ONLY}
+    return json.dumps(kept, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def canonical_model(model: ModelConfig, facts: ModelFacts) -> str:
+    """The model section by what its weights are: content where it is at hand, else the hub's name for it."""
+    content = plain(model)
+    if model.source == "random":
+        return canonical({key: content[key] for key in ("source", "dtype", "seed", "arch")})
+    kept = {key: content[key] for key in ("source", "dtype")}
+    if facts.fingerprint:
+        return canonical(kept | {"fingerprint": facts.fingerprint})
+    return canonical(kept | {"path": content["path"], "revision": content["revision"]})
+
+
+def run_id(sections: Mapping[str, str]) -> str:
+    """12 hex digits over the `canonical` text of each section in `IDENTITY`."""
+    text = "\n".join(f"{name}:{sections[name]}" for name in sorted(IDENTITY))
+    return _digest(f"lbi-run-{VERSION}\n{text}")
+
+
+def digest(kind: str, key: Mapping[str, Any]) -> str:
+    """12 hex digits that name something of this `kind` by its key: an environment, a reference."""
+    return _digest(f"lbi-{kind}-1\n" + json.dumps(key, sort_keys=True, separators=(",", ":")))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

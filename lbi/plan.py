@@ -1,0 +1,225 @@
+"""The plan: every cell of the grid with a verdict, before anything is paid for.
+
+A cell is composed once, checked against the types and the rules, given its
+identity, and looked up in the store. The result is a list in which no cell is
+missing: it will RUN, is DONE, is a DUPLICATE, or is PRUNED with the reason.
+
+Sections (the subtree of one config group) are shared between cells, so whatever
+depends on one section alone is worked out once per section, not once per cell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from lbi import environment, identity, rules
+from lbi.compose import NO_SUCH_KNOB, Composed
+from lbi.config import AXES, IDENTITY, LbiConfig, SweepConfig
+from lbi.errors import InputError
+from lbi.model_files import ModelFacts, inspect
+from lbi.reuse import Reuse
+from lbi.store import Store
+from lbi.typed import build, plain
+
+RUN, DONE, DUPLICATE, PRUNED = "RUN", "DONE", "DUPLICATE", "PRUNED"
+
+
+@dataclass(slots=True)
+class Cell:
+    """One combination of the grid.
+
+    `name` says how it differs from the others; `config` is None where the
+    combination does not even compose; `run_id` is empty then.
+    """
+
+    index: int
+    overrides: tuple[str, ...]
+    choices: dict[str, str]
+    config: LbiConfig | None
+    run_id: str = ""
+    env_id: str = ""
+    verdict: str = RUN
+    reason: str = ""
+    rule: str = ""
+    name: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """The cell as a line of plan.jsonl."""
+        return {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self) if spec.name != "config"}
+
+
+@dataclass(slots=True)
+class Plan:
+    """All cells, and what making the plan found out on the way."""
+
+    cells: list[Cell]
+    seconds: float
+    problems: list[str] = field(default_factory=list)
+
+    def counts(self) -> Counter[str]:
+        return Counter(cell.verdict for cell in self.cells)
+
+    def having(self, verdict: str) -> list[Cell]:
+        return [cell for cell in self.cells if cell.verdict == verdict]
+
+
+def make_plan(composed: Iterable[Composed], store: Store, started: float) -> Plan:
+    """Give every composed cell its verdict; `started` is when composing began, by time.perf_counter.
+
+    Raises `InputError` where the request itself is wrong: a value of the wrong
+    type, a model that is not there, an override that fits no cell at all.
+    """
+    sections = _Sections()
+    cells, first_error = [], None
+    for index, item in enumerate(composed):
+        cell = _cell(index, item, sections)
+        if cell.verdict == PRUNED and cell.config is None:
+            first_error = first_error or cell
+        cells.append(cell)
+    if first_error is not None and all(cell.config is None for cell in cells):
+        raise InputError("overrides", " ".join(first_error.overrides), first_error.reason, "See python -m lbi --help")
+    _judge(cells, sections, store)
+    _name(cells)
+    return Plan(cells, time.perf_counter() - started, [str(problem) for problem in store.problems])
+
+
+class _Sections:
+    """What is known of each section, by the identity of its (shared) content."""
+
+    def __init__(self) -> None:
+        self._typed: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self._canonical: dict[tuple[str, int], tuple[Any, str]] = {}
+        self._facts: dict[int, tuple[Any, ModelFacts]] = {}
+        self._hints = get_type_hints(LbiConfig)
+        self.has_gpu = bool(environment.gpus())
+
+    def typed(self, group: str, content: Any) -> Any:
+        """The section as its dataclass, with `engine.device=auto` decided."""
+        key = (group, id(content))
+        if key not in self._typed:
+            if not isinstance(content, Mapping):
+                raise InputError(group, content, "is a group of knobs, not a value")
+            made = build(self._hints[group], content, group)
+            if group == "engine" and made.device == "auto":
+                made = dataclasses.replace(made, device="cuda" if self.has_gpu else "cpu")
+            self._typed[key] = (content, made)
+        return self._typed[key][1]
+
+    def canonical(self, group: str, section: Any) -> str:
+        """The section's part of the run_id."""
+        key = (group, id(section))
+        if key not in self._canonical:
+            if group == "model":
+                text = identity.canonical_model(section, self.facts(section))
+            else:
+                text = identity.canonical(plain(section))
+            self._canonical[key] = (section, text)
+        return self._canonical[key][1]
+
+    def facts(self, model: Any) -> ModelFacts:
+        key = id(model)
+        if key not in self._facts:
+            self._facts[key] = (model, inspect(model))
+        return self._facts[key][1]
+
+
+def _cell(index: int, composed: Composed, sections: _Sections) -> Cell:
+    if composed.error is not None:
+        if NO_SUCH_KNOB not in composed.error:
+            raise InputError("overrides", " ".join(composed.overrides), composed.error, "See python -m lbi --help")
+        return Cell(index, composed.overrides, {}, None, verdict=PRUNED, reason=composed.error, rule="no_such_knob")
+    unknown = set(composed.sections) - set(sections._hints)
+    if unknown:
+        raise InputError(
+            sorted(unknown)[0], None, "is not a config group of lbi", f"Groups: {', '.join(sections._hints)}"
+        )
+    made = {group: sections.typed(group, content) for group, content in composed.sections.items()}
+    choices = {group: made[group].name for group in AXES}
+    return Cell(index, composed.overrides, choices, LbiConfig(**made))
+
+
+def _judge(cells: list[Cell], sections: _Sections, store: Store) -> None:
+    machines: dict[str, rules.Machine] = {}
+    environments: dict[str, str] = {}
+    seen: dict[str, Cell] = {}
+    reuse = Reuse(store)
+    for cell in cells:
+        config = cell.config
+        if config is None:
+            continue
+        device = config.engine.device
+        if device not in machines:
+            machines[device], environments[device] = rules.Machine.here(device), environment.identify(device)
+        cell.run_id = identity.run_id({group: sections.canonical(group, getattr(config, group)) for group in IDENTITY})
+        cell.env_id = environments[device]
+        refused = rules.refuse(config, sections.facts(config.model), machines[device]) if config.sweep.prune else None
+        if refused:
+            cell.verdict, cell.rule, cell.reason = PRUNED, refused[0].name, refused[1]
+        elif cell.run_id in seen:
+            cell.verdict, cell.reason = DUPLICATE, f"the same setting as cell {seen[cell.run_id].index}"
+        else:
+            seen[cell.run_id] = cell
+            cell.verdict, cell.reason = _verdict(cell, config.sweep, reuse)
+
+
+def _verdict(cell: Cell, sweep: SweepConfig, reuse: Reuse) -> tuple[str, str]:
+    if sweep.mode == "force":
+        return RUN, "forced"
+    found = reuse.find(cell.run_id, cell.env_id, sweep.reuse)
+    if found is None:
+        if sweep.mode == "read_only":
+            return PRUNED, "no result in the store, and sweep.mode=read_only measures nothing"
+        return RUN, ""
+    cell.env_id = found.env_id
+    if found.ok:
+        return DONE, "ok"
+    if sweep.mode == "retry":
+        return RUN, f"was {found.status}"
+    if sweep.mode == "cached" and reuse.deserves_another(found):
+        return RUN, f"was {found.status}: tried again"
+    return DONE, f"{found.status}: {found.reason}"
+
+
+def _name(cells: list[Cell]) -> None:
+    """Name each cell by what varies in the grid: options first, then single knobs."""
+    _choose_for_failed(cells)
+    groups = [group for group in AXES if len({cell.choices[group] for cell in cells}) > 1] or ["quantizer"]
+    knobs = _varying_knobs(cells)
+    for cell in cells:
+        values = dict(_split(override) for override in cell.overrides)
+        parts = [cell.choices[group] for group in groups]
+        parts += [f"{key.split('.')[-1]}={values[key]}" for key in knobs if key in values]
+        cell.name = " ".join(parts)
+
+
+def _choose_for_failed(cells: list[Cell]) -> None:
+    """A cell that does not compose has the options its overrides name, and the defaults of the others."""
+    whole = next((cell for cell in cells if cell.choices), None)
+    for cell in cells:
+        if not cell.choices:
+            named = dict(_split(override) for override in cell.overrides)
+            default = whole.choices if whole else {}
+            cell.choices = {group: named.get(group, default.get(group, "")) for group in AXES}
+
+
+def _varying_knobs(cells: list[Cell]) -> list[str]:
+    """Keys of single knobs ("quantizer.group_size") that not every cell sets to one value."""
+    values: dict[str, set[str]] = {}
+    given: Counter[str] = Counter()
+    for cell in cells:
+        for override in cell.overrides:
+            key, value = _split(override)
+            if "." in key and not key.startswith("hydra"):
+                values.setdefault(key, set()).add(value)
+                given[key] += 1
+    return [key for key, found in values.items() if len(found) > 1 or given[key] < len(cells)]
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, _, value = override.lstrip("+~").partition("=")
+    return key, value

@@ -1,0 +1,81 @@
+"""Registers lbi's sweeper and launcher with Hydra. Imports nothing heavy: Hydra loads it at every start.
+
+Hydra executes this module before it is in sys.modules, which postponed annotations do
+not survive; so there is no `from __future__ import annotations` here.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Sequence
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+
+@dataclass
+class SweeperConf:
+    """hydra/sweeper=lbi. `params` is one grid, as in Hydra's own sweeper; `grids` are more of them, joined."""
+
+    _target_: str = "hydra_plugins.lbi_plugin.PlanSweeper"
+    params: Optional[Dict[str, Any]] = None
+    grids: List[Dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class LocalConf:
+    """hydra/launcher=lbi_local: runs on this machine, one after another."""
+
+    _target_: str = "hydra_plugins.lbi_plugin.LocalLauncher"
+
+
+class PlanSweeper(Sweeper):
+    """Plans the whole grid, shows the plan, and has the launcher's executor run what is missing."""
+
+    def __init__(self, params: Optional[Dict[str, Any]], grids: List[Dict[str, Any]]) -> None:
+        self.params, self.grids = dict(params or {}), [dict(grid) for grid in grids or []]
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from hydra.core.plugins import Plugins
+
+        self.config, self.hydra_context = config, hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: List[str]) -> Any:
+        from lbi.drive import Request, drive
+
+        hydra_overrides = OmegaConf.to_container(self.config.hydra.overrides.hydra)
+        request = Request(
+            loader=self.hydra_context.config_loader,
+            config_name=str(self.config.hydra.job.config_name),
+            arguments=tuple(arguments),
+            hydra_overrides=tuple(str(item) for item in hydra_overrides),  # type: ignore[union-attr]
+            params=self.params,
+            grids=tuple(self.grids),
+        )
+        return drive(request, self.launcher)
+
+
+class LocalLauncher(Launcher):
+    """Gives the plan sweeper its executor, and other sweepers Hydra's own contract."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.hydra_context = config, hydra_context
+
+    def executor(self) -> Any:
+        from lbi.executors.local import LocalExecutor
+
+        return LocalExecutor()
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from lbi.drive import launch
+
+        return launch(self, job_overrides)
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="lbi", node=SweeperConf, provider="lbi")
+ConfigStore.instance().store(group="hydra/launcher", name="lbi_local", node=LocalConf, provider="lbi")

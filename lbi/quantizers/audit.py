@@ -1,0 +1,143 @@
+"""Reads back what the linear layers really are, and refuses what was not asked for.
+
+Libraries skip layers without an error: a group size that does not divide, a backend
+that is not installed. So the report never says what was configured; it says what
+this file found in the tensors of the model that then ran.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lbi.config import QuantizerConfig
+from lbi.errors import NotApplied
+from lbi.quantizers import FAMILIES, Observed, is_skipped, method
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One linear layer as found: its name, its weights' number, its storage."""
+
+    name: str
+    params: int
+    stored_bytes: int
+    seen: Observed
+
+
+def linear_names(model: torch.nn.Module) -> frozenset[str]:
+    """Names of all linear layers of a model that is not yet quantized."""
+    return frozenset(name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear))
+
+
+def targets(model: torch.nn.Module, config: QuantizerConfig) -> frozenset[str]:
+    """Linear layers that the config wants quantized. Raises `NotApplied` for a skip that matches nothing."""
+    names = linear_names(model)
+    for ending in config.skip:
+        if not any(name == ending or name.endswith(f".{ending}") for name in names):
+            raise NotApplied(f"quantizer.skip names {ending}, and the model has no such linear layer")
+    return frozenset(name for name in names if not is_skipped(name, config))
+
+
+def read_layers(model: torch.nn.Module, names: frozenset[str]) -> list[Layer]:
+    """What each named linear layer is now. Raises `NotApplied` for one that no family can read."""
+    observers = [importlib.import_module(f"lbi.quantizers.{family}").observe for family in FAMILIES]
+    layers = []
+    for name in sorted(names):
+        module = model.get_submodule(name)
+        seen = next((found for observe in observers if (found := observe(module)) is not None), None)
+        if seen is None:
+            raise NotApplied(f"{name} became a {type(module).__name__} with a weight the audit cannot read")
+        params = int(module.in_features) * int(module.out_features)
+        layers.append(Layer(name, params, storage_bytes(seen.tensors), seen))
+    return layers
+
+
+def check(layers: list[Layer], config: QuantizerConfig) -> None:
+    """Raises `NotApplied` unless every target is what the config asks for, and every skipped layer is plain."""
+    if config.family == "none":
+        return
+    wrong: dict[str, list[str]] = {}
+    for layer in layers:
+        problem = _problem(layer, config)
+        if problem:
+            wrong.setdefault(problem, []).append(layer.name)
+    if wrong:
+        parts = [f"{len(names)} of {len(layers)} layers {text} (such as {names[0]})" for text, names in wrong.items()]
+        raise NotApplied(f"{config.name}: {'; '.join(parts)}")
+
+
+def _problem(layer: Layer, config: QuantizerConfig) -> str | None:
+    seen = layer.seen
+    if is_skipped(layer.name, config):
+        return f"were to be skipped and are {seen.kind}" if seen.quantized else None
+    if not seen.quantized:
+        return f"are still {seen.kind}"
+    if config.bits is not None:
+        simulated = method(config).simulated
+        # Packing 3 bits into 32-bit words takes 3.2; an unused level of a simulation takes less.
+        fits = seen.bits <= config.bits if simulated else config.bits <= seen.bits < config.bits + 0.5
+        if not fits:
+            return f"hold {seen.bits:.3g} bits a weight instead of {config.bits}"
+    if "group_size" in method(config).knobs and seen.group_size != config.group_size:
+        return f"have groups of {seen.group_size} instead of {config.group_size}"
+    return None
+
+
+def summarize(layers: list[Layer]) -> dict[str, Any]:
+    """The layers by kind, and the shares that the report shows."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        seen = layer.seen
+        key = f"{seen.kind} {seen.bits:.3g} bit group {seen.group_size or 'row'}"
+        kind = kinds.setdefault(
+            key,
+            {"kind": seen.kind, "bits": round(seen.bits, 3), "group_size": seen.group_size, "quantized": seen.quantized}
+            | {"layers": 0, "params": 0, "bytes": 0, "example": layer.name},
+        )
+        kind["layers"] += 1
+        kind["params"] += layer.params
+        kind["bytes"] += layer.stored_bytes
+    params = sum(layer.params for layer in layers)
+    return {
+        "kinds": list(kinds.values()),
+        "linear_params": params,
+        "quantized_fraction": sum(layer.params for layer in layers if layer.seen.quantized) / params,
+        "bits_per_weight": 8.0 * sum(layer.stored_bytes for layer in layers) / params,
+        "unquantized": [layer.name for layer in layers if not layer.seen.quantized][:20],
+    }
+
+
+def storage_bytes(tensors: list[Any]) -> int:
+    """Bytes of the storages behind plain tensors, each counted once."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr(), storage.nbytes()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def plain_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors inside a parameter, a tensor subclass, or a container of them."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from plain_tensors(item)
+    elif isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
+        for name in value.__tensor_flatten__()[0]:
+            yield from plain_tensors(getattr(value, name))
+    elif isinstance(value, torch.Tensor):
+        yield value
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Storage of everything the model keeps: parameters, buffers, and hqq's scales, shared storage once."""
+    found: list[torch.Tensor] = []
+    for module in model.modules():
+        own = [*module._parameters.values(), *module._buffers.values(), getattr(module, "meta", None)]
+        for value in own:
+            found.extend(plain_tensors(value))
+    return storage_bytes(found)

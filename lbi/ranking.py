@@ -1,0 +1,203 @@
+"""Puts rows in order, compares them with the baseline, and says which setting wins.
+
+Two cells are a tie when their intervals overlap: then the order of the two means
+nothing, and lbi says so instead of naming a winner. Cells of different models or
+workloads are never compared with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lbi.collect import Row
+
+SPEED = "decode_tok_s"
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A speed over the baseline's, with the interval that both intervals allow.
+
+    `low` and `high` are None where one of the two has no interval. `tie` is whether
+    the two intervals overlap; None where that cannot be said.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    tie: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A row with its place. `rank` is None for a cell without a number; `shared` means a tie at that rank."""
+
+    row: Row
+    rank: int | None
+    shared: bool
+    ratio: Ratio | None
+    is_baseline: bool
+    on_front: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One sentence of the result: `question` is what was asked, `text` the answer, `row` the cell it names."""
+
+    question: str
+    text: str
+    row: Row | None
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The rows of one model and workload: ranked cells best first, then those without a number."""
+
+    model: str
+    workload: str
+    baseline: Row | None
+    ranked: list[Ranked]
+    answers: list[Answer]
+
+
+def tables(rows: Sequence[Row], baseline: str | None, max_kld: float) -> list[Table]:
+    """A table per (model, workload), in the order in which they appear in the plan.
+
+    `baseline` is a run id or a part of a name; None, or no match in a table, takes the plainest cell.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["workload"]), []).append(row)
+    return [_table(model, workload, group, baseline, max_kld) for (model, workload), group in groups.items()]
+
+
+def _table(model: str, workload: str, rows: list[Row], wanted: str | None, max_kld: float) -> Table:
+    measured = [row for row in rows if row["status"] == "ok" and row[SPEED]]
+    base = _baseline(measured, wanted)
+    ordered = sorted(measured, key=lambda row: -row[SPEED])
+    front = {row["cell"] for row in pareto(ordered)}
+    ranks = _ranks(ordered)
+    ranked = [
+        Ranked(row, *ranks[row["cell"]], _ratio(row, base), row is base, row["cell"] in front) for row in ordered
+    ]
+    ranked += [Ranked(row, None, False, None, False, False) for row in rows if row not in measured]
+    return Table(model, workload, base, ranked, answers(ordered, base, max_kld))
+
+
+def _baseline(measured: Sequence[Row], wanted: str | None) -> Row | None:
+    if wanted:
+        named = [row for row in measured if row["run_id"] == wanted or row["name"] == wanted]
+        named = named or [row for row in measured if wanted in row["name"]]
+        if named:
+            return named[0]
+    return min(measured, key=_distance_from_plain, default=None)
+
+
+def _distance_from_plain(row: Row) -> tuple[bool, ...]:
+    plain = {"quantizer": "none", "compiler": "eager", "cache": "dynamic", "decoding": "greedy", "engine": "hf"}
+    return (*(row[group] != option for group, option in plain.items()), row["cell"])
+
+
+def interval(row: Row, name: str = SPEED) -> tuple[float, float] | None:
+    """The metric's interval, or None where one sample gave none."""
+    low, high = row[f"{name}_lo"], row[f"{name}_hi"]
+    return None if low is None or high is None else (low, high)
+
+
+def is_tie(one: Row, other: Row, name: str = SPEED) -> bool | None:
+    """Whether the intervals of the two overlap; None where one has none."""
+    first, second = interval(one, name), interval(other, name)
+    if first is None or second is None:
+        return None
+    return first[0] <= second[1] and second[0] <= first[1]
+
+
+def _ratio(row: Row, base: Row | None) -> Ratio | None:
+    if base is None:
+        return None
+    ours, theirs = interval(row), interval(base)
+    value = row[SPEED] / base[SPEED]
+    if row is base:
+        return Ratio(1.0, 1.0, 1.0, None)
+    if ours is None or theirs is None:
+        return Ratio(value, None, None, None)
+    return Ratio(value, ours[0] / theirs[1], ours[1] / theirs[0], is_tie(row, base))
+
+
+def _ranks(ordered: Sequence[Row]) -> dict[int, tuple[int, bool]]:
+    """Rank and whether it is shared, by cell: a row that ties with the leader of a rank shares it."""
+    leaders: list[tuple[Row, list[Row]]] = []
+    for row in ordered:
+        if leaders and is_tie(leaders[-1][0], row):
+            leaders[-1][1].append(row)
+        else:
+            leaders.append((row, [row]))
+    ranks, place = {}, 1
+    for _, members in leaders:
+        for row in members:
+            ranks[row["cell"]] = (place, len(members) > 1)
+        place += len(members)
+    return ranks
+
+
+def pareto(rows: Sequence[Row]) -> list[Row]:
+    """Rows that no other row beats in both speed and mean KLD; those without a KLD are left out."""
+    scored = sorted((row for row in rows if row["mean_kld"] is not None), key=lambda row: (-row[SPEED], row["mean_kld"]))
+    front: list[Row] = []
+    for row in scored:
+        if not front or row["mean_kld"] < front[-1]["mean_kld"]:
+            front.append(row)
+    return front
+
+
+def answers(ordered: Sequence[Row], base: Row | None, max_kld: float) -> list[Answer]:
+    """The sweep's result in words: the fastest, and the fastest and the smallest that are good enough."""
+    if not ordered:
+        return [Answer("Fastest", "No cell has a number.", None)]
+    good = [row for row in ordered if row["mean_kld"] is not None and row["mean_kld"] <= max_kld]
+    bound = f"within {max_kld:g} nats of the unquantized model (mean KLD)"
+    found = [_fastest("Fastest", ordered, base)]
+    if not good:
+        scored = any(row["mean_kld"] is not None for row in ordered)
+        why = "No cell is" if scored else "Quality was not measured, so no cell is known to be"
+        return [*found, Answer(f"Fastest {bound}", f"{why} within the bound.", None)]
+    return [*found, _fastest(f"Fastest {bound}", good, base), _smallest(f"Smallest {bound}", good, base)]
+
+
+def _fastest(question: str, candidates: Sequence[Row], base: Row | None) -> Answer:
+    best = candidates[0]
+    text = f"{best['name']}, {best[SPEED]:.1f} tok/s{_against(best, base)}"
+    tied = [row for row in candidates[1:] if is_tie(best, row)]
+    if tied:
+        names = ", ".join(row["name"] for row in tied[:4]) + (" and others" if len(tied) > 4 else "")
+        text += f" It is a tie with {names}."
+    elif len(candidates) > 1 and interval(best) is None:
+        text += " Whether others are as fast cannot be said: one repetition gives no interval."
+    return Answer(question, text, best)
+
+
+def _smallest(question: str, good: Sequence[Row], base: Row | None) -> Answer:
+    sized = [row for row in good if row["weight_bytes"]]
+    best = min(sized, key=lambda row: (row["weight_bytes"], -row[SPEED]))
+    text = f"{best['name']}, {best['weight_bytes'] / 1e6:.1f} MB of weights"
+    if base is not None and best is not base:
+        text += f", {best['weight_bytes'] / base['weight_bytes']:.2f}x the baseline's, at {best[SPEED]:.1f} tok/s"
+    text += _against(best, base)
+    same = [row for row in sized if row is not best and row["weight_bytes"] == best["weight_bytes"]]
+    if same:
+        text += f" {len(same)} other {'cell is' if len(same) == 1 else 'cells are'} of the same size; this is the fastest."
+    return Answer(question, text, best)
+
+
+def _against(row: Row, base: Row | None) -> str:
+    ratio = _ratio(row, base)
+    if ratio is None or base is None:
+        return "."
+    if row is base:
+        return ": the baseline itself."
+    spread = "" if ratio.low is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
+    speed = f", {ratio.value:.2f}x{spread} the speed of the baseline {base['name']}"
+    if ratio.tie:
+        return speed + ": a tie with it."
+    return speed + ("." if ratio.tie is False else "; one repetition, so the noise is unknown.")

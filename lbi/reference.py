@@ -1,0 +1,115 @@
+"""What the unquantized model answers: computed once, shared by every cell that needs it.
+
+    python -m lbi.reference FOLDER      (FOLDER/request.json says for which cell)
+
+Runs in a process of its own like any run, so that no cell inherits anything from it.
+Logits depend on the model and the text; greedy tokens on the model and the workload.
+Each is a folder under references/ that appears by one rename when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lbi import identity
+from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig, QuantizerConfig
+from lbi.files import read_json, write_json
+from lbi.identity import digest
+from lbi.model_files import inspect
+from lbi.store import SCHEMA
+from lbi.typed import build, plain
+
+
+def folders(store: Path, config: LbiConfig, env_id: str) -> dict[str, Path]:
+    """Where the reference logits and greedy tokens of a cell are kept, whether or not they are there yet."""
+    common = {
+        "model": identity.canonical_model(config.model, inspect(config.model)),
+        "device": config.engine.device,
+        "attention": config.engine.attention,
+        "env": env_id,
+    }
+    logits = digest("logits", common | {"quality": identity.canonical(plain(config.quality))})
+    greedy = digest("greedy", common | {"workload": identity.canonical(plain(config.workload))})
+    return {
+        "logits": store / "references" / f"logits-{logits}",
+        "greedy": store / "references" / f"greedy-{greedy}",
+    }
+
+
+def unquantized(config: LbiConfig) -> LbiConfig:
+    """The cell with nothing applied: plain weights, eager, dynamic cache, greedy."""
+    return replace(
+        config,
+        quantizer=QuantizerConfig(name="none", family="none", method="none"),
+        compiler=CompilerConfig(name="eager", backend="eager"),
+        decoding=DecodingConfig(name="greedy", kind="greedy"),
+        cache=CacheConfig(name="dynamic", kind="dynamic"),
+    )
+
+
+def main(folder: Path) -> None:
+    """Compute what is missing of one reference. Errors are the caller's to read from the log."""
+    from lbi.process import die_with_parent, prepare
+
+    die_with_parent()
+    request = read_json(folder / "request.json", SCHEMA)
+    if request is None:
+        raise SystemExit(f"{folder}: there is no request.json")
+    config = unquantized(build(LbiConfig, request["config"]))
+    prepare(config)
+    from lbi.engines.hf import HfEngine
+    from lbi.models import fit_tokens, load, read_text
+
+    loaded = load(config.model, config.engine)
+    engine = HfEngine(loaded.model, config, slots=0)
+    if config.quality.enabled and not Path(request["logits"]).exists():
+        _save_logits(Path(request["logits"]), engine, loaded.encode(read_text(config.quality.text)), config)
+    if not Path(request["greedy"]).exists():
+        workload = config.workload
+        prompt = fit_tokens(loaded.encode(read_text(workload.prompt)), workload.prompt_tokens)
+        generation = engine.generate(prompt, workload.new_tokens, seed=0)
+        with _whole_folder(Path(request["greedy"])) as scratch:
+            write_json(scratch / "greedy.json", {"schema": SCHEMA, "prompt": prompt, "tokens": generation.tokens})
+
+
+def _save_logits(target: Path, engine: Any, tokens: list[int], config: LbiConfig) -> None:
+    import numpy as np
+
+    from lbi.quality import reference_logits, windows
+
+    pieces = windows(tokens, config.quality.tokens, config.quality.window)
+    with _whole_folder(target) as scratch:
+        np.save(scratch / "logits.npy", reference_logits(engine.forward, pieces))
+        (scratch / "pieces.json").write_text(json.dumps(pieces))
+
+
+class _whole_folder:
+    """A scratch folder that becomes `target` by one rename, unless another process was first."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __enter__(self) -> Path:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.scratch = Path(tempfile.mkdtemp(dir=self.target.parent, prefix=".making-"))
+        return self.scratch
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            try:
+                os.rename(self.scratch, self.target)
+            except OSError:
+                if not self.target.exists():
+                    raise
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,2 @@
+def track_in_process(store, sweep, config):
+    return "W&B: stub"
