@@ -48,7 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _is_value(arguments: Sequence[str], word: str) -> bool:
     """Whether a word belongs to the option before it ("--config-dir FOLDER")."""
     before = arguments[arguments.index(word) - 1] if arguments.index(word) else ""
-    return before in ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
+    return before in (
+        "--config-dir",
+        "-cd",
+        "--config-name",
+        "-cn",
+        "--config-path",
+        "-cp",
+        "--cfg",
+        "-c",
+        "--package",
+        "-p",
+    )
 
 
 def _hydra(arguments: Sequence[str]) -> int:
@@ -74,10 +85,22 @@ def _hydra(arguments: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         application()
-    except HydraException as error:
+    except Exception as error:
+        if not isinstance(error, HydraException) and _reached_the_sweep(error):
+            raise
         raise InputError("request", None, explain(error), "See python -m lbi --help") from error
     except SystemExit as end:
         return int(end.code or 0)
     finally:
         sys.argv = before
     return 0
+
+
+def _reached_the_sweep(error: BaseException) -> bool:
+    """Whether an exception came out of lbi's own work rather than out of Hydra's reading of the request."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == "lbi.drive":
+            return True
+        trace = trace.tb_next
+    return False

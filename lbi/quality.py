@@ -87,7 +87,7 @@ def score(forward: Any, pieces: list[list[int]], reference: np.ndarray[Any, Any]
     total = Score()
     row = 0
     for piece, logits in _logits(forward, pieces):
-        wanted = torch.from_numpy(np.asarray(reference[row : row + len(piece) - 1])).to(logits.device)
+        wanted = torch.from_numpy(np.array(reference[row : row + len(piece) - 1])).to(logits.device)
         total.add(logits, wanted, torch.tensor(piece[1:], device=logits.device))
         row += len(piece) - 1
     return total.metrics()

@@ -78,9 +78,7 @@ def _table(model: str, workload: str, rows: list[Row], wanted: str | None, max_k
     ordered = sorted(measured, key=lambda row: -row[SPEED])
     front = {row["cell"] for row in pareto(ordered)}
     ranks = _ranks(ordered)
-    ranked = [
-        Ranked(row, *ranks[row["cell"]], _ratio(row, base), row is base, row["cell"] in front) for row in ordered
-    ]
+    ranked = [Ranked(row, *ranks[row["cell"]], _ratio(row, base), row is base, row["cell"] in front) for row in ordered]
     ranked += [Ranked(row, None, False, None, False, False) for row in rows if row not in measured]
     return Table(model, workload, base, ranked, answers(ordered, base, max_kld))
 
@@ -143,7 +141,9 @@ def _ranks(ordered: Sequence[Row]) -> dict[int, tuple[int, bool]]:
 
 def pareto(rows: Sequence[Row]) -> list[Row]:
     """Rows that no other row beats in both speed and mean KLD; those without a KLD are left out."""
-    scored = sorted((row for row in rows if row["mean_kld"] is not None), key=lambda row: (-row[SPEED], row["mean_kld"]))
+    scored = sorted(
+        (row for row in rows if row["mean_kld"] is not None), key=lambda row: (-row[SPEED], row["mean_kld"])
+    )
     front: list[Row] = []
     for row in scored:
         if not front or row["mean_kld"] < front[-1]["mean_kld"]:
@@ -186,7 +186,9 @@ def _smallest(question: str, good: Sequence[Row], base: Row | None) -> Answer:
     text += _against(best, base)
     same = [row for row in sized if row is not best and row["weight_bytes"] == best["weight_bytes"]]
     if same:
-        text += f" {len(same)} other {'cell is' if len(same) == 1 else 'cells are'} of the same size; this is the fastest."
+        text += (
+            f" {len(same)} other {'cell is' if len(same) == 1 else 'cells are'} of the same size; this is the fastest."
+        )
     return Answer(question, text, best)
 
 

@@ -3,8 +3,9 @@
     python -m lbi.reference FOLDER      (FOLDER/request.json says for which cell)
 
 Runs in a process of its own like any run, so that no cell inherits anything from it.
-Logits depend on the model and the text; greedy tokens on the model and the workload.
-Each is a folder under references/ that appears by one rename when it is whole.
+Logits depend on the model and the text; greedy tokens on the model and the workload; the
+quality of a cell on its weights besides. Each is a folder under references/; the first two
+appear by one rename when they are whole.
 """
 
 from __future__ import annotations
@@ -28,19 +29,25 @@ from lbi.typed import build, plain
 
 
 def folders(store: Path, config: LbiConfig, env_id: str) -> dict[str, Path]:
-    """Where the reference logits and greedy tokens of a cell are kept, whether or not they are there yet."""
+    """Where a cell's reference logits, reference tokens and quality are kept, if they are there yet."""
     common = {
         "model": identity.canonical_model(config.model, inspect(config.model)),
         "device": config.engine.device,
         "attention": config.engine.attention,
         "env": env_id,
     }
-    logits = digest("logits", common | {"quality": identity.canonical(plain(config.quality))})
-    greedy = digest("greedy", common | {"workload": identity.canonical(plain(config.workload))})
-    return {
-        "logits": store / "references" / f"logits-{logits}",
-        "greedy": store / "references" / f"greedy-{greedy}",
+    text = common | {"quality": identity.canonical(plain(config.quality))}
+    # What the teacher-forced pass of a cell depends on beside the reference: its weights, and
+    # the compiler only where that has the prefill too.
+    own = {"quantizer": identity.canonical(plain(config.quantizer))}
+    if config.compiler.prefill:
+        own["compiler"] = identity.canonical(plain(config.compiler))
+    keys = {
+        "logits": text,
+        "greedy": common | {"workload": identity.canonical(plain(config.workload))},
+        "quality": text | own,
     }
+    return {kind: store / "references" / f"{kind}-{digest(kind, key)}" for kind, key in keys.items()}
 
 
 def unquantized(config: LbiConfig) -> LbiConfig:

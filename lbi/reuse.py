@@ -45,7 +45,7 @@ class Reuse:
 
     def _acceptable(self, level: str) -> Callable[[Result], bool]:
         if level == "exact":
-            return lambda result: self._recorded(result).get("git") == environment.git_state()
+            return lambda result: bool(self._recorded(result).get("git") == environment.git_state())
         if level == "same_gpu":
             return lambda result: _hardware(self._recorded(result)) == _hardware(environment.describe())
         return lambda result: True

@@ -101,11 +101,13 @@ def _read_bandwidth(device: str) -> float:
     """A sum over a buffer far larger than any cache: 1 GiB on a GPU, 512 MiB on a CPU."""
     elements = (1 << 28) if device == "cuda" else (1 << 27)
     buffer = torch.ones(elements, dtype=torch.float32, device=device)
-    return buffer.numel() * buffer.element_size() / _best_seconds(buffer.sum, device)
+    return float(buffer.numel() * buffer.element_size()) / _best_seconds(buffer.sum, device)
 
 
 def _matmul_peak(device: str, dtype: torch.dtype) -> float:
     side = 8192 if device == "cuda" else 1024
     left = torch.randn(side, side, device=device).to(dtype)
     right = torch.randn(side, side, device=device).to(dtype)
-    return 2.0 * side**3 / _best_seconds(lambda: left @ right, device)
+    # F.linear, not `@`: a CPU has a far slower path for an untransposed bfloat16 operand.
+    seconds = _best_seconds(lambda: torch.nn.functional.linear(left, right), device, tries=4)
+    return 2.0 * side**3 / seconds

@@ -13,8 +13,8 @@ from statistics import median
 from lbi.config import LbiConfig
 from lbi.files import write_json
 from lbi.plan import PRUNED, Cell
-from lbi.sweep_folder import read_plan
 from lbi.store import SCHEMA, Store
+from lbi.sweep_folder import read_plan
 from lbi.typed import plain
 from lbi.worker import Task
 

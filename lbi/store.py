@@ -110,7 +110,9 @@ class Store:
             marker = None
         if marker and marker.get("schema") != SCHEMA:
             raise InputError(
-                "store.path", path, f"was written with schema {marker.get('schema')}; this lbi reads {SCHEMA}",
+                "store.path",
+                path,
+                f"was written with schema {marker.get('schema')}; this lbi reads {SCHEMA}",
                 "Use the lbi that wrote it, or another folder",
             )
         if write:
@@ -127,7 +129,9 @@ class Store:
                 write_json(self.root / "store.json", {"schema": SCHEMA, "kind": "lbi store"})
         except OSError as error:
             raise InputError(
-                "store.path", path, f"cannot be written ({error.strerror or error})",
+                "store.path",
+                path,
+                f"cannot be written ({error.strerror or error})",
                 "Choose a folder you may write with store.path=FOLDER or LBI_STORE",
             ) from error
 

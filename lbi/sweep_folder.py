@@ -6,7 +6,6 @@ the folder can be made again from it and the runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,13 @@ def write_plan(store: Store, name: str, plan: Plan, header: dict[str, Any]) -> P
     file = store.sweep_folder(name) / "plan.jsonl"
     write_json_lines(file, rows)
     return file
+
+
+def change_header(store: Store, name: str, **changes: Any) -> None:
+    """Replace what was asked of the report (baseline, max_kld); None leaves a field as it is."""
+    header, *cells = _read(store, name)
+    kept = {**header, **{field: value for field, value in changes.items() if value is not None}}
+    write_json_lines(store.sweep_folder(name) / "plan.jsonl", [kept, *cells])
 
 
 def read_header(store: Store, name: str) -> dict[str, Any]:
@@ -51,10 +57,12 @@ def find(store: Store, name: str | None) -> str:
     if len(matching) == 1:
         return matching[0]
     listed = ", ".join((matching or known)[:10])
-    raise InputError("sweep", name, "several sweeps begin so" if matching else "there is no such sweep", f"There are: {listed}")
+    raise InputError(
+        "sweep", name, "several sweeps begin so" if matching else "there is no such sweep", f"There are: {listed}"
+    )
 
 
-def _read(store: Store, name: str) -> Sequence[dict[str, Any]]:
+def _read(store: Store, name: str) -> list[dict[str, Any]]:
     file = store.sweep_folder(name) / "plan.jsonl"
     try:
         rows = read_json_lines(file)

@@ -42,7 +42,7 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
     Raises `InputError` for a missing, unknown, ill-typed or out-of-bounds knob.
     """
-    known, hints = _fields(cls), _hints(cls)
+    known, hints = _fields(cls), _hints(cls)  # type: ignore[arg-type]
     prefix = f"{path}." if path else ""
     for name in values:
         if name not in known:

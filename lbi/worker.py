@@ -9,9 +9,7 @@ nothing with it. What a child did not live to say is read from how it died.
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,15 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from lbi import environment, reference
+from lbi.children import Child, Ended, Starter, Stop, phase_of
 from lbi.config import LbiConfig
 from lbi.errors import InputError
 from lbi.files import BadFile, read_json, write_json
 from lbi.places import compile_cache
-from lbi.process import child_environment
-from lbi.store import HEARTBEAT_S, SCHEMA, AlreadyRunning, Attempt, Result, Store
+from lbi.store import SCHEMA, AlreadyRunning, Attempt, Result, Store
 from lbi.typed import plain
-
-POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +48,6 @@ class Event:
     result: Result | None = None
 
 
-class Stop:
-    """Asks a worker to stop: politely once, at once the second time."""
-
-    def __init__(self) -> None:
-        self.requests = 0
-
-    def request(self) -> None:
-        self.requests += 1
-
-    @property
-    def wanted(self) -> bool:
-        return self.requests > 0
-
-    @property
-    def now(self) -> bool:
-        return self.requests > 1
-
-
 Report = Callable[[Event], None]
 
 
@@ -80,158 +58,100 @@ def run_unit(tasks: Sequence[Task], store: Store, report: Report, stop: Stop, si
     no run is measured twice; results published after `since` (seconds since the epoch, when
     the plan was made) count as done.
     """
-    waiting = list(tasks)
-    description = environment.describe()
-    failed_references: dict[str, str] = {}
-    while waiting and not stop.wanted:
-        later = []
-        for task in waiting:
-            if stop.wanted:
-                return
-            try:
-                _run_task(task, store, report, stop, since, description, failed_references)
-            except AlreadyRunning as busy:
-                report(Event("wait", task, busy.owner))
-                later.append(task)
-        if later and len(later) == len(waiting):
-            time.sleep(1.0)
-        waiting = later
+    with Starter() as starter:
+        bench = _Bench(store, report, stop, since, starter, environment.describe())
+        waiting = list(tasks)
+        while waiting and not stop.wanted:
+            busy = []
+            for task in waiting:
+                if stop.wanted:
+                    return
+                try:
+                    bench.run(task)
+                except AlreadyRunning as running:
+                    report(Event("wait", task, running.owner))
+                    busy.append(task)
+            if len(busy) == len(waiting):
+                time.sleep(1.0)
+            waiting = busy
 
 
-def _run_task(
-    task: Task,
-    store: Store,
-    report: Report,
-    stop: Stop,
-    since: float,
-    description: dict[str, Any],
-    failed_references: dict[str, str],
-) -> None:
-    references = reference.folders(store.root, task.config, task.env_id)
-    request = {
-        "config": plain(task.config),
-        "env_id": task.env_id,
-        "devices": str(store.root / "devices"),
-        "device_name": _device_name(task.config, description),
-        "references": {name: str(folder) for name, folder in references.items()},
-    }
-    attempt = store.claim(task.run_id, task.env_id, request)
-    published = store.result(task.run_id, task.env_id)
-    if published is not None and published.finished > since:
-        store.release(attempt)
-        report(Event("end", task, "measured by another process", published))
-        return
-    started = time.perf_counter()
-    write_json(attempt.folder / "env.json", {"schema": SCHEMA, **description})
-    key = str(references)
-    problem = failed_references.get(key) or _ensure_reference(task, references, attempt, report, stop)
-    if problem:
-        # Not tried again for every cell of the unit: it would fail again, and cost the same again.
-        failed_references[key] = problem
-    request["reference_problem"] = problem
-    write_json(attempt.folder / "config.json", {"schema": SCHEMA, **request})
-    report(Event("start", task))
-    ended = _Child(["lbi.run", str(attempt.folder)], task, attempt, stop).wait(
-        lambda phase: report(Event("phase", task, phase))
-    )
-    status, reason = _verdict(attempt, ended, task.config)
-    store.publish(attempt, status, reason, time.perf_counter() - started)
-    report(Event("end", task, "", store.result(task.run_id, task.env_id)))
+class _Bench:
+    """What the runs of one unit have in common."""
+
+    def __init__(
+        self,
+        store: Store,
+        report: Report,
+        stop: Stop,
+        since: float,
+        starter: Starter,
+        description: dict[str, Any],
+    ) -> None:
+        self.store, self.report, self.stop = store, report, stop
+        self.since, self.starter, self.description = since, starter, description
+        self.failed_references: dict[str, str] = {}
+
+    def run(self, task: Task) -> None:
+        """Claim, measure and publish one run. Raises `AlreadyRunning` if another process has it."""
+        references = reference.folders(self.store.root, task.config, task.env_id)
+        request = {
+            "config": plain(task.config),
+            "env_id": task.env_id,
+            "devices": str(self.store.root / "devices"),
+            "device_name": _device_name(task.config, self.description),
+            "references": {name: str(folder) for name, folder in references.items()},
+        }
+        attempt = self.store.claim(task.run_id, task.env_id, request)
+        published = self.store.result(task.run_id, task.env_id)
+        if published is not None and published.finished > self.since:
+            self.store.release(attempt)
+            self.report(Event("end", task, "measured by another process", published))
+            return
+        started = time.perf_counter()
+        write_json(attempt.folder / "env.json", {"schema": SCHEMA, **self.description})
+        request["reference_problem"] = self._reference_problem(task, references, attempt)
+        write_json(attempt.folder / "config.json", {"schema": SCHEMA, **request})
+        self.report(Event("start", task))
+        ended, how = self._child("lbi.run", attempt.folder, task, attempt)
+        status, reason = _verdict(attempt, ended, task.config)
+        write_json(attempt.folder / "process.json", {"schema": SCHEMA, "started": how, "ended": ended.describe()})
+        self.store.publish(attempt, status, reason, time.perf_counter() - started)
+        self.report(Event("end", task, "", self.store.result(task.run_id, task.env_id)))
+
+    def _child(self, module: str, folder: Path, task: Task, attempt: Attempt) -> tuple[Ended, str]:
+        started = self.starter.start(
+            module, folder, attempt.folder / "log.txt", task.config, compile_cache(task.env_id)
+        )
+        child = Child(started.process, attempt.folder, task.config.resources, self.stop)
+        return child.wait(lambda phase: self.report(Event("phase", task, phase))), started.how
+
+    def _reference_problem(self, task: Task, references: dict[str, Path], attempt: Attempt) -> str | None:
+        """Have the unquantized model's outputs computed if they are missing; why not, if that failed."""
+        wanted = [references["greedy"]] + ([references["logits"]] if task.config.quality.enabled else [])
+        if all(folder.exists() for folder in wanted) or self.stop.wanted:
+            return None
+        key = str(wanted)
+        if key in self.failed_references:
+            # Not tried again for every cell of the unit: it would fail again, and cost the same again.
+            return self.failed_references[key]
+        self.report(Event("reference", task))
+        folder = attempt.folder / "reference"
+        folder.mkdir()
+        request = {name: str(path) for name, path in references.items()}
+        write_json(folder / "request.json", {"schema": SCHEMA, "config": plain(task.config), **request})
+        ended, _ = self._child("lbi.reference", folder, task, attempt)
+        if all(path.exists() for path in wanted):
+            return None
+        last = _last_line(attempt.folder / "log.txt")
+        self.failed_references[key] = f"the unquantized model could not be run: {ended.describe()} ({last})"
+        return self.failed_references[key]
 
 
 def _device_name(config: LbiConfig, description: dict[str, Any]) -> str:
     if config.engine.device == "cuda" and description["gpus"]:
         return str(description["gpus"][0]["name"])
     return str(description["cpu"])
-
-
-def _ensure_reference(
-    task: Task, references: dict[str, Path], attempt: Attempt, report: Report, stop: Stop
-) -> str | None:
-    """Have the unquantized model's outputs computed if they are missing; why not, if that failed."""
-    wanted = [references["greedy"]] + ([references["logits"]] if task.config.quality.enabled else [])
-    if all(folder.exists() for folder in wanted) or stop.wanted:
-        return None
-    report(Event("reference", task, "reference"))
-    folder = attempt.folder / "reference"
-    folder.mkdir()
-    request = {name: str(path) for name, path in references.items()}
-    write_json(folder / "request.json", {"schema": SCHEMA, "config": plain(task.config), **request})
-    ended = _Child(["lbi.reference", str(folder)], task, attempt, stop).wait(lambda phase: None)
-    if all(path.exists() for path in wanted):
-        return None
-    return f"the unquantized model could not be run: {ended.describe()} ({_last_line(attempt.folder / 'log.txt')})"
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How a child ended. `returncode` is negative for a signal, as in subprocess."""
-
-    returncode: int
-    timed_out: bool
-    stopped: bool
-    oom_killed: bool
-
-    def describe(self) -> str:
-        if self.timed_out:
-            return "took too long"
-        if self.returncode < 0:
-            return f"killed by {_signal_name(-self.returncode)}"
-        return f"exit code {self.returncode}"
-
-
-class _Child:
-    """One child process in a session of its own, its output in the attempt's log."""
-
-    def __init__(self, module: list[str], task: Task, attempt: Attempt, stop: Stop) -> None:
-        self.task, self.attempt, self.stop = task, attempt, stop
-        self.ooms = _oom_kills()
-        environment_variables = child_environment(task.config, compile_cache(task.env_id))
-        with (attempt.folder / "log.txt").open("a") as log:
-            # Its own session: Ctrl-C reaches the worker alone, which then decides.
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *module],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment_variables,
-                start_new_session=True,
-            )
-
-    def wait(self, on_phase: Callable[[str], None]) -> Ended:
-        """Watch until it ends, is stopped, or runs out of time."""
-        resources = self.task.config.resources
-        deadline = time.monotonic() + resources.run_timeout_s
-        kill_at, beat_at, phase = float("inf"), 0.0, ""
-        timed_out = stopped = False
-        try:
-            while self.process.poll() is None:
-                now = time.monotonic()
-                if now >= beat_at:
-                    (self.attempt.folder / "heartbeat").touch()
-                    beat_at = now + HEARTBEAT_S
-                if kill_at == float("inf") and (self.stop.wanted or now >= deadline):
-                    stopped, timed_out = self.stop.wanted, not self.stop.wanted
-                    self._signal(signal.SIGTERM)
-                    kill_at = now + resources.stop_grace_s
-                if now >= kill_at or self.stop.now:
-                    self._signal(signal.SIGKILL)
-                current = _phase(self.attempt.folder)
-                if current != phase:
-                    phase = current
-                    on_phase(phase)
-                time.sleep(POLL_S)
-        finally:
-            self._signal(signal.SIGKILL)
-            self.process.wait()
-        return Ended(self.process.returncode, timed_out, stopped, _oom_kills() > self.ooms)
-
-    def _signal(self, number: int) -> None:
-        """To the whole session: a compiler's helpers must not outlive the run."""
-        try:
-            os.killpg(self.process.pid, number)
-        except (ProcessLookupError, PermissionError):
-            return
 
 
 def _verdict(attempt: Attempt, ended: Ended, config: LbiConfig) -> tuple[str, str]:
@@ -246,17 +166,10 @@ def _verdict(attempt: Attempt, ended: Ended, config: LbiConfig) -> tuple[str, st
         return "cancelled", "stopped on request"
     if ended.timed_out:
         return "timeout", f"took more than resources.run_timeout_s={config.resources.run_timeout_s:g} s"
-    phase = _phase(attempt.folder) or "start"
+    phase = phase_of(attempt.folder) or "start"
     if ended.returncode == -signal.SIGKILL and ended.oom_killed:
         return "oom", f"killed by the kernel for lack of memory, in phase {phase}"
     return "crash", f"{ended.describe()} in phase {phase}; see {attempt.folder / 'log.txt'}"
-
-
-def _phase(folder: Path) -> str:
-    try:
-        return str((read_json(folder / "progress.json") or {}).get("phase", ""))
-    except BadFile:
-        return ""
 
 
 def _last_line(log: Path) -> str:
@@ -265,25 +178,6 @@ def _last_line(log: Path) -> str:
     except OSError:
         return "no log"
     return lines[-1].strip() if lines else "empty log"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _oom_kills() -> int:
-    """Processes the kernel has killed for memory so far, on the whole machine or in the control group."""
-    total = 0
-    for name, key in (("/proc/vmstat", "oom_kill "), ("/sys/fs/cgroup/memory.events", "oom_kill ")):
-        try:
-            lines = Path(name).read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith(key))
-    return total
 
 
 def load_unit(file: Path) -> tuple[list[Task], Path, float]:

@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from lbi.children import Stop
 from lbi.schedule import Unit
 from lbi.store import Store
-from lbi.worker import Report, Stop, run_unit
+from lbi.worker import Report, run_unit
 
 
 class LocalExecutor:

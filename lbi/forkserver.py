@@ -1,0 +1,201 @@
+"""Starts measuring processes that have imported torch already.
+
+    python -m lbi.forkserver        (started by the worker; speaks JSON lines on stdin and stdout)
+
+Importing torch, transformers and torchao takes 5 s, as long as measuring a small cell.
+This process imports them once and forks a child for each run: the child is a process of
+its own, with its own memory from there on, that can be killed and leaks only into itself.
+
+Forking is sound only while nothing but memory is shared: so this process starts no thread
+(it counts them), touches no GPU (it looks), and runs no computation. If either is not so,
+it says so and the worker starts children the slow way.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lbi.process import die_with_parent
+
+MODULES = ("lbi.steps", "lbi.models", "lbi.reference", "transformers.models.llama.modeling_llama")
+OPTIONAL = ("torchao.quantization", "hqq.core.quantize")
+
+
+class ForkServer:
+    """The worker's end. `process` is the server; `refusal` why it cannot be used, if so."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        # OpenBLAS would start its threads when numpy is imported.
+        self.variables = {**variables, "OPENBLAS_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lbi.forkserver"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=self.variables,
+            start_new_session=True,
+            text=True,
+        )
+        self._ended: dict[int, int] = {}
+        self.refusal = self._read().get("refusal", "it did not start")
+
+    def serves(self, variables: Mapping[str, str]) -> bool:
+        """Whether this server is alive and is, or would be, the one for children with this environment."""
+        alive = self.refusal is not None or self.process.poll() is None
+        return alive and {**variables, "OPENBLAS_NUM_THREADS": "1"} == self.variables
+
+    def start(self, module: str, argument: str, log: Path) -> Forked:
+        """Fork a child that runs `module.main(Path(argument))` with its output in `log`."""
+        self._send({"module": module, "argument": argument, "log": str(log)})
+        return Forked(self, int(self._read()["pid"]))
+
+    def poll(self, pid: int) -> int | None:
+        """The return code of an ended child, as subprocess counts it; None while it lives.
+
+        A server that has itself been killed took its children with it.
+        """
+        stdout = self.process.stdout
+        while pid not in self._ended and stdout is not None and select.select([stdout], [], [], 0)[0]:
+            said = self._read()
+            if "ended" not in said:
+                return -int(signal.SIGKILL)
+            self._ended[said["ended"]] = said["returncode"]
+        return self._ended.pop(pid, None)
+
+    def close(self) -> None:
+        """End the server and every child it still has."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+
+    def _read(self) -> dict[str, Any]:
+        line = self.process.stdout.readline() if self.process.stdout is not None else ""
+        return json.loads(line) if line else {}
+
+
+class Forked:
+    """A forked child, with the part of subprocess.Popen's interface that the worker uses."""
+
+    def __init__(self, server: ForkServer, pid: int) -> None:
+        self.server, self.pid = server, pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The return code, or None while it runs."""
+        if self.returncode is None:
+            self.returncode = self.server.poll(self.pid)
+        return self.returncode
+
+    def wait(self) -> int:
+        """Block until it has ended."""
+        while self.poll() is None:
+            time.sleep(0.02)
+        return int(self.returncode or 0)
+
+
+def serve() -> None:
+    """The server's end: import, say whether forking is sound, then fork on request until stdin closes."""
+    die_with_parent()
+    channel = os.fdopen(os.dup(1), "w")
+    # What the imports print must not end up among the messages.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    refusal = _import_all()
+    print(json.dumps({"refusal": refusal}), file=channel, flush=True)
+    if refusal is not None:
+        return
+    gc.collect()
+    gc.freeze()
+    # Read unbuffered: a request left in a Python buffer would not wake select.
+    pending = b""
+    while True:
+        if select.select([0], [], [], 0.02)[0]:
+            received = os.read(0, 1 << 16)
+            if not received:
+                return
+            *lines, pending = (pending + received).split(b"\n")
+            for line in lines:
+                pid = _fork(json.loads(line), channel)
+                print(json.dumps({"pid": pid}), file=channel, flush=True)
+        _reap(channel)
+
+
+def _import_all() -> str | None:
+    """Import everything a run needs; why forking would not be sound, or None."""
+    for name in MODULES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            return f"{name} does not import: {error}"
+    for name in OPTIONAL:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue
+    import torch
+
+    if torch.cuda.is_initialized():
+        return "an import has initialized CUDA"
+    threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
+    if threads != 1:
+        return f"the imports left {threads} threads" if threads else "threads cannot be counted here"
+    return None
+
+
+def _fork(request: dict[str, str], channel: Any) -> int:
+    server = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        os.setsid()
+        os.environ["LBI_PARENT"] = str(server)
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        channel.close()
+        code = importlib.import_module(request["module"]).main(Path(request["argument"])) or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Without the server's exit handlers, which are not this process's to run.
+        os._exit(code)
+
+
+def _reap(channel: Any) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        ended = {"ended": pid, "returncode": os.waitstatus_to_exitcode(status)}
+        print(json.dumps(ended), file=channel, flush=True)
+
+
+if __name__ == "__main__":
+    serve()

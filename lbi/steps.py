@@ -1,0 +1,243 @@
+"""The steps of a run, each of which reads the config and adds to the record.
+
+In order: quantize and audit, the plain path for comparison, warm up, measure, place on
+the roofline, score, trace. Only `measure` holds a timed region.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lbi import lossless, quality, roofline
+from lbi.compilers import CompilerState, counters
+from lbi.config import CacheConfig, CompilerConfig, LbiConfig
+from lbi.energy import EnergyMeter
+from lbi.engines import Engine
+from lbi.engines.hf import HfEngine
+from lbi.errors import BadNumerics, NotApplied
+from lbi.files import BadFile, read_json, write_json
+from lbi.metrics import Timing, model_bandwidth_utilization, prefill_flop, summarize
+from lbi.process import CpuWatch, PeakMemory, Phases
+from lbi.quantizers import audit, method
+from lbi.record import Record
+from lbi.store import SCHEMA
+
+PLAIN_COMPILER = CompilerConfig(name="eager", backend="eager")
+PLAIN_CACHE = CacheConfig(name="dynamic", kind="dynamic")
+
+
+def quantize(config: LbiConfig, model: Any, record: Record, phases: Phases) -> list[audit.Layer]:
+    """Quantize and audit; the linear layers as found. Raises `NotApplied` where they are not as asked."""
+    names = audit.linear_names(model)
+    targets = audit.targets(model, config.quantizer)
+    before = CompilerState.take()
+    with phases("quantize"):
+        method(config.quantizer).apply(model, config.quantizer, targets)
+    undone = before.restore()
+    with phases("audit"):
+        layers = audit.read_layers(model, names)
+        audit.check(layers, config.quantizer)
+        gc.collect()
+        summary = audit.summarize(layers)
+        weight_bytes = audit.weight_bytes(model)
+    record.metrics |= {
+        "weight_bytes": float(weight_bytes),
+        "bits_per_weight": summary["bits_per_weight"],
+        "quantized_fraction": summary["quantized_fraction"],
+    }
+    record.effective |= {
+        "weights": summary,
+        "settings_undone": undone,
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    return layers
+
+
+def plain_path(
+    config: LbiConfig, model: Any, prompt: list[int], phases: Phases
+) -> Callable[[list[int]], dict[str, Any]] | None:
+    """A check of the cell's greedy tokens against the eager, dynamic-cache path of the same weights.
+
+    None where there is nothing to check: the cell is that path, or it samples.
+    """
+    is_plain = config.compiler.backend == "eager" and config.cache.kind == "dynamic"
+    if is_plain or config.decoding.kind != "greedy":
+        return None
+    with phases("plain path"):
+        engine = HfEngine(model, replace(config, compiler=PLAIN_COMPILER, cache=PLAIN_CACHE), slots=0)
+        expected = engine.generate(prompt, config.workload.new_tokens, seed=0, inspect=True)
+        at_once = engine.forward(prompt + expected.tokens[:-1])[len(prompt) - 1 :].float().cpu()
+    if not bool(torch.isfinite(at_once).all()):
+        raise BadNumerics("the logits hold NaN or infinity")
+    return lambda tokens: lossless.compare(tokens, expected.tokens, expected.logits, at_once)
+
+
+def warm_up(config: LbiConfig, engine: HfEngine, prompt: list[int], record: Record, phases: Phases) -> None:
+    """Compile, generate until warm, and read back what was compiled and which cache is used."""
+    compiled = config.compiler.backend == "inductor"
+    durations, cache = [], {}
+    with phases("compile" if compiled else "warm up"):
+        if compiled:
+            engine.compile()
+        for number in range(config.measure.warmup):
+            start = time.perf_counter()
+            # The last warm-up also looks inside; its copies of the logits are small beside a decode step.
+            last = number == config.measure.warmup - 1
+            cache = engine.generate(prompt, config.workload.new_tokens, seed=0, inspect=last).cache
+            durations.append(time.perf_counter() - start)
+    record.effective["cache"] = cache
+    record.metrics["kv_bytes"] = float(cache["bytes"])
+    _check_cache(config, cache)
+    record.effective["compiler"] = seen = counters()
+    if not compiled:
+        record.missing["compile_s"] = "nothing is compiled"
+    elif len(durations) < 2:
+        record.missing["compile_s"] = "needs two warm-ups, a cold and a warm one"
+    else:
+        record.metrics["compile_s"] = max(0.0, durations[0] - durations[-1])
+    if compiled and seen["graphs"] == 0:
+        raise NotApplied(f"{config.compiler.name} was asked for and nothing was compiled")
+    if compiled and config.compiler.fullgraph and seen["graph_breaks"]:
+        raise NotApplied(f"fullgraph was asked for and there are {seen['graph_breaks']} graph breaks")
+
+
+def _check_cache(config: LbiConfig, cache: dict[str, Any]) -> None:
+    wanted = {"dynamic": "DynamicCache", "static": "StaticCache"}[config.cache.kind]
+    if cache["class"] != wanted:
+        raise NotApplied(f"cache={config.cache.name} was asked for and transformers used a {cache['class']}")
+
+
+def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> list[int]:
+    """Take the samples; the tokens of the first valid one. Raises `NotApplied` if too many are void."""
+    wanted, valid, voids, joules = config.measure.repetitions, [], [], []
+    tokens: list[int] = []
+    with phases("measure"), PeakMemory(config.engine.device) as peak:
+        for number in range(wanted + config.measure.void_budget):
+            time.sleep(config.measure.cooldown_s)
+            before = counters()
+            with CpuWatch() as watch, EnergyMeter(config.engine.device) as meter:
+                generation = engine.generate(prompt, config.workload.new_tokens, seed=config.decoding.seed or 0)
+            void = "recompiled" if counters()["frames"] != before["frames"] else ""
+            record.samples += _sample_rows(number, generation.timing, void, watch.foreign_share)
+            if void:
+                voids.append(void)
+                continue
+            tokens = tokens or generation.tokens
+            valid.append(generation.timing)
+            joules.append(meter.joules)
+            if len(valid) == wanted:
+                break
+    if len(valid) < wanted:
+        raise NotApplied(f"{len(voids)} of {len(voids) + len(valid)} samples were void: {voids[0]} while timed")
+    record.metrics |= summarize(valid)
+    record.metrics["void_samples"] = float(len(voids))
+    record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
+    foreign = [row["foreign_cpu"] for row in record.samples if row["foreign_cpu"] is not None]
+    record.metrics["foreign_cpu"] = max(foreign, default=None)
+    known = [value for value in joules if value is not None]
+    if len(known) < len(joules):
+        record.missing["energy_j_per_token"] = EnergyMeter.why_not(config.engine.device)
+    else:
+        record.metrics["energy_j_per_token"] = sum(known) / len(known) / config.workload.new_tokens
+    return tokens
+
+
+def _sample_rows(number: int, timing: Timing, void: str, foreign: float | None) -> list[dict[str, Any]]:
+    """One row a token with its time since the call, and one (token -1) for the end of the call."""
+    common = {"repetition": number, "void": void, "foreign_cpu": foreign}
+    rows = [{**common, "token": index, "seconds": at - timing.start} for index, at in enumerate(timing.tokens)]
+    return [*rows, {**common, "token": -1, "seconds": timing.end - timing.start}]
+
+
+def place_on_roofline(
+    config: LbiConfig,
+    request: dict[str, Any],
+    model: Any,
+    layers: list[audit.Layer],
+    prompt_tokens: int,
+    record: Record,
+    phases: Phases,
+) -> None:
+    """Bytes a token, and how near decode and prefill are to what the device can do."""
+    cache, metrics = record.effective["cache"], record.metrics
+    # A static cache is read to its end at every step; a dynamic one as far as it has grown.
+    depth = cache["slots"] if config.cache.kind == "static" else prompt_tokens + config.workload.new_tokens / 2
+    bytes_per_token = roofline.bytes_per_token(model, layers, cache["bytes_per_slot"] * depth)
+    metrics["bytes_per_token"] = bytes_per_token
+    with phases("roofline"):
+        name = f"{request['env_id']}-{config.engine.threads or 'all'}-{config.model.dtype}"
+        peaks = roofline.measured_peaks(Path(request["devices"]), name, config.engine.device, model.dtype)
+    speed, prefill_s = float(metrics["decode_tok_s"] or 0.0), float(metrics["ttft_s"] or 0.0)
+    metrics["mbu_measured"] = model_bandwidth_utilization(bytes_per_token, speed, peaks["read_bytes_per_s"])
+    flop = prefill_flop(roofline.flop_shape(model, layers), prompt_tokens)
+    metrics["mfu_measured"] = flop / prefill_s / peaks["matmul_flop_per_s"]
+    nominal = roofline.nominal_bandwidth(request["device_name"])
+    if nominal is None:
+        record.missing["mbu_nominal"] = f"no data sheet bandwidth is known for {request['device_name']}"
+    else:
+        metrics["mbu_nominal"] = model_bandwidth_utilization(bytes_per_token, speed, nominal)
+    record.effective["peaks"] = peaks
+
+
+def score(
+    config: LbiConfig, request: dict[str, Any], engine: Engine, tokens: list[int], record: Record, phases: Phases
+) -> None:
+    """Quality against the stored reference of the unquantized model."""
+    folders = {name: Path(folder) for name, folder in request["references"].items()}
+    no_reference = request["reference_problem"] or "there is no reference"
+    greedy = read_json(folders["greedy"] / "greedy.json", SCHEMA)
+    if config.decoding.kind != "greedy":
+        record.missing["first_divergence"] = "sampled tokens are not compared"
+    elif greedy is None:
+        record.missing["first_divergence"] = no_reference
+    else:
+        record.metrics["first_divergence"] = float(quality.first_divergence(tokens, greedy["tokens"]))
+    if not config.quality.enabled:
+        record.missing["mean_kld"] = "quality=off"
+    elif not folders["logits"].exists():
+        record.missing["mean_kld"] = no_reference
+    else:
+        with phases("quality"):
+            found, shared = _quality(engine, folders["logits"], folders["quality"])
+        record.metrics |= found
+        record.effective["quality_from"] = shared
+
+
+def _quality(engine: Engine, reference: Path, target: Path) -> tuple[dict[str, float | None], str]:
+    """Quality metrics, and whether they were computed here or by another cell with the same forward pass.
+
+    Cells that differ only in how they decode (cache, decode compiler, workload) have one
+    teacher-forced pass in common, so it is done once.
+    """
+    try:
+        known = read_json(target / "quality.json", SCHEMA)
+    except BadFile:
+        known = None
+    if known is not None:
+        return known["metrics"], "shared with another cell"
+    pieces = json.loads((reference / "pieces.json").read_text())
+    stored = np.load(reference / "logits.npy", mmap_mode="r")
+    found = quality.score(engine.forward, pieces, stored)
+    write_json(target / "quality.json", {"schema": SCHEMA, "metrics": found})
+    return found, "this run"
+
+
+def trace(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> None:
+    """A profiler trace, if asked for."""
+    if config.trace.kind == "off":
+        return
+    from lbi.tracing import profile
+
+    with phases("trace"):
+        record.effective["trace"] = profile(engine, prompt, config.trace.tokens, record.folder / "trace")
