@@ -15,9 +15,9 @@ from typing import Any
 from lbi.config import AXES
 from lbi.files import write_bytes, write_text
 from lbi.metrics import METRICS, WITH_ERROR, WITH_INTERVAL
-from lbi.plan import DUPLICATE, PRUNED
 from lbi.store import Store
 from lbi.sweep_folder import read_plan
+from lbi.verdicts import DUPLICATE, PRUNED
 
 Row = dict[str, Any]
 

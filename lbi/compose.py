@@ -261,7 +261,9 @@ class Composer:
         if name not in self._files:
             loaded = self.loader.repository.load_config(str(default.config_path))  # type: ignore[attr-defined]
             entries: list[InputDefault] = loaded.defaults_list or []
-            package = default.package or loaded.header.get("package") or ""
+            # An empty package is the global one; None leaves the choice to the file's header.
+            package = (loaded.header.get("package") if default.package is None else default.package) or ""
+            package = package.removeprefix("_global_").lstrip(".")
             content = loaded.config if OmegaConf.is_dict(loaded.config) else {}
             below = {package.split(".")[0]} if package else {str(key) for key in content}
             # An `override` entry makes this file choose another group's option: it writes there too.
@@ -284,7 +286,7 @@ def _overridden(entry: GroupDefault, config_path: str) -> set[str]:
 _ABSENT = object()
 
 
-def parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[Axis], list[str]]:
+def parse(arguments: Sequence[str], loader: ConfigLoader) -> tuple[dict[str, str], list[Axis], list[str]]:
     """Split override strings into fixed ones, axes, and the order of their keys.
 
     A later override of a key replaces an earlier one, as in Hydra's own sweeper.
@@ -292,7 +294,7 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[Axis], list[st
     """
     parsed: dict[str, tuple[str, ...]] = {}
     swept = set()
-    for override in OverridesParser.create().parse_overrides(list(arguments)):
+    for override in OverridesParser.create(loader).parse_overrides(list(arguments)):
         key = override.get_key_element()
         parsed.pop(key, None)
         swept.discard(key)

@@ -22,9 +22,10 @@ from lbi.collect import Row, rows, write_tables
 from lbi.compose import Composed, Composer, parse
 from lbi.config import LbiConfig
 from lbi.errors import InputError
-from lbi.plan import PRUNED, RUN, Plan, make_plan
+from lbi.plan import Plan, make_plan
 from lbi.store import Store
 from lbi.sweep_folder import write_plan
+from lbi.verdicts import PRUNED, RUN
 
 OK, SOME_FAILED = 0, 1
 
@@ -48,7 +49,7 @@ class Request:
         made = []
         for grid in self.grids or ({},):
             preset = [f"{key}={value}" for key, value in {**self.params, **grid}.items()]
-            fixed, axes, order = parse([*self.hydra_overrides, *preset, *self.arguments])
+            fixed, axes, order = parse([*self.hydra_overrides, *preset, *self.arguments], self.loader)
             made.append(Composer(self.loader, self.config_name, fixed, axes, order))
         return made
 
@@ -164,7 +165,7 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]]) -> list[Any]:
     config_name = str(launcher.settings.hydra.job.config_name)
     composed: list[Composed] = []
     for job in job_overrides:
-        fixed, axes, order = parse([*hydra_overrides, *job])
+        fixed, axes, order = parse([*hydra_overrides, *job], launcher.context.config_loader)
         composed += Composer(launcher.context.config_loader, config_name, fixed, axes, order)
     try:
         store = Store.open(str(composed[0].sections["store"]["path"]), write=True)

@@ -49,7 +49,7 @@ METRICS: dict[str, Metric] = {
     ),
     "load_s": Metric("s", "reading the weights", "lower"),
     "quantize_s": Metric("s", "quantizing them", "lower"),
-    "compile_s": Metric("s", "first call minus a later one", "lower"),
+    "compile_s": Metric("s", "the first call less the median of the timed ones", "lower"),
     "total_s": Metric("s", "the whole run, child process start to end", "lower"),
 }
 

@@ -25,8 +25,7 @@ from lbi.model_files import ModelFacts, inspect
 from lbi.reuse import Reuse
 from lbi.store import Store
 from lbi.typed import build, plain
-
-RUN, DONE, DUPLICATE, PRUNED = "RUN", "DONE", "DUPLICATE", "PRUNED"
+from lbi.verdicts import DONE, DUPLICATE, PRUNED, RUN
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ Positions are treated as independent in the standard errors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,21 @@ def score(forward: Any, pieces: list[list[int]], reference: np.ndarray[Any, Any]
         total.add(logits, wanted, torch.tensor(piece[1:], device=logits.device))
         row += len(piece) - 1
     return total.metrics()
+
+
+def replay(stored: np.ndarray[Any, Any]) -> Callable[[list[int]], torch.Tensor]:
+    """A forward pass that gives back stored reference logits, window after window."""
+    row = 0
+
+    def forward(piece: list[int]) -> torch.Tensor:
+        nonlocal row
+        count = len(piece) - 1
+        logits = torch.from_numpy(np.array(stored[row : row + count]))
+        row += count
+        # The last position of a window is not stored, for it is not scored.
+        return torch.cat([logits, logits[-1:]])
+
+    return forward
 
 
 def reference_logits(forward: Any, pieces: list[list[int]]) -> np.ndarray[Any, Any]:

@@ -14,6 +14,9 @@ from lbi.collect import Row
 
 SPEED = "decode_tok_s"
 
+KLD_FLOOR = 1e-6
+"""Nats below which a mean KLD says nothing: the reference is stored in 16 bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
@@ -79,7 +82,7 @@ def _table(model: str, workload: str, rows: list[Row], wanted: str | None, max_k
     front = {row["cell"] for row in pareto(ordered)}
     ranks = _ranks(ordered)
     ranked = [Ranked(row, *ranks[row["cell"]], _ratio(row, base), row is base, row["cell"] in front) for row in ordered]
-    ranked += [Ranked(row, None, False, None, False, False) for row in rows if row not in measured]
+    ranked += [Ranked(row, None, False, None, False, False) for row in rows if row["cell"] not in ranks]
     return Table(model, workload, base, ranked, answers(ordered, base, max_kld))
 
 
@@ -140,13 +143,16 @@ def _ranks(ordered: Sequence[Row]) -> dict[int, tuple[int, bool]]:
 
 
 def pareto(rows: Sequence[Row]) -> list[Row]:
-    """Rows that no other row beats in both speed and mean KLD; those without a KLD are left out."""
-    scored = sorted(
-        (row for row in rows if row["mean_kld"] is not None), key=lambda row: (-row[SPEED], row["mean_kld"])
-    )
+    """Rows that no other row beats in both speed and mean KLD; those without a KLD are left out.
+
+    Divergences below `KLD_FLOOR` are rounding, and equal.
+    """
+    known = [(max(row["mean_kld"], KLD_FLOOR), row) for row in rows if row["mean_kld"] is not None]
     front: list[Row] = []
-    for row in scored:
-        if not front or row["mean_kld"] < front[-1]["mean_kld"]:
+    best = float("inf")
+    for kld, row in sorted(known, key=lambda pair: (-pair[1][SPEED], pair[0])):
+        if kld < best:
+            best = kld
             front.append(row)
     return front
 

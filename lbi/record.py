@@ -20,6 +20,7 @@ class Record:
         self.effective: dict[str, Any] = {}
         self.samples: list[dict[str, Any]] = []
         self.text: dict[str, Any] = {}
+        self.first_call_s = 0.0
 
     def write(self) -> None:
         """metrics.json is last: a folder that has it has everything."""

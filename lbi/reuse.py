@@ -41,13 +41,15 @@ class Reuse:
         if result.status != "crash":
             return False
         outcomes = self.store.attempts(result.run_id, result.env_id)
-        return sum(outcome["status"] == "crash" for outcome in outcomes) < 2
+        return len([outcome for outcome in outcomes if outcome["status"] == "crash"]) < 2
 
     def _acceptable(self, level: str) -> Callable[[Result], bool]:
         if level == "exact":
-            return lambda result: bool(self._recorded(result).get("git") == environment.git_state())
+            state = environment.git_state()
+            return lambda result: bool(self._recorded(result).get("git") == state)
         if level == "same_gpu":
-            return lambda result: _hardware(self._recorded(result)) == _hardware(environment.describe())
+            here = _hardware(environment.describe())
+            return lambda result: _hardware(self._recorded(result)) == here
         return lambda result: True
 
     def _recorded(self, result: Result) -> dict[str, Any]:

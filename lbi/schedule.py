@@ -12,10 +12,11 @@ from statistics import median
 
 from lbi.config import LbiConfig
 from lbi.files import write_json
-from lbi.plan import PRUNED, Cell
+from lbi.plan import Cell
 from lbi.store import SCHEMA, Store
 from lbi.sweep_folder import read_plan
 from lbi.typed import plain
+from lbi.verdicts import PRUNED
 from lbi.worker import Task
 
 PRIOR_S = {("cpu", "eager"): 20.0, ("cpu", "inductor"): 80.0, ("cuda", "eager"): 40.0, ("cuda", "inductor"): 120.0}

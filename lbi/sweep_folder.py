@@ -7,12 +7,14 @@ the folder can be made again from it and the runs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lbi.errors import InputError
 from lbi.files import BadFile, read_json_lines, write_json_lines
-from lbi.plan import Plan
 from lbi.store import SCHEMA, Store
+
+if TYPE_CHECKING:
+    from lbi.plan import Plan
 
 
 def write_plan(store: Store, name: str, plan: Plan, header: dict[str, Any]) -> Path:

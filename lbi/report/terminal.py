@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,12 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Grid
 
 from lbi.collect import Row
-from lbi.plan import DONE, DUPLICATE, PRUNED, RUN, Cell, Plan
 from lbi.ranking import SPEED, Ranked, Table, tables
-from lbi.schedule import Estimate
+from lbi.report.figures import small, with_noise
 from lbi.store import Store
 from lbi.sweep_folder import read_header
-from lbi.worker import Event
+from lbi.verdicts import DONE, DUPLICATE, PRUNED, RUN
+
+if TYPE_CHECKING:
+    from lbi.plan import Cell, Plan
+    from lbi.schedule import Estimate
+    from lbi.worker import Event
 
 SHOWN_CELLS = 60
 """A plan with more cells is shown in part; plan.jsonl and the report have them all."""
@@ -133,7 +137,7 @@ class Live:
         measured = (self.store.read(result, "metrics.json") or {}).get("metrics", {})
         parts = [f"[green]ok[/] decode {measured.get(SPEED, 0):.1f} tok/s"]
         if measured.get("mean_kld") is not None:
-            parts.append(f"mean KLD {_small(measured['mean_kld'])}")
+            parts.append(f"mean KLD {small(measured['mean_kld'])}")
         return ", ".join([*parts, f"{result.seconds:.0f} s"])
 
 
@@ -203,9 +207,9 @@ def _grid(numbered: Sequence[Ranked]) -> Grid:
             _number(row["bits_per_weight"], 1, "{:.2f}"),
             _number(row["bytes_per_token"], 1e6, "{:.1f}"),
             _number(row["mbu_measured"], 0.01, "{:.0f}%"),
-            _small(row["mean_kld"]),
+            small(row["mean_kld"]),
             _number(row["top1_agreement"], 0.01, "{:.1f}%"),
-            _small(row["ppl_ratio"]),
+            small(row["ppl_ratio"]),
         )
     return grid
 
@@ -219,15 +223,6 @@ def _legend(row: Row) -> str:
     )
 
 
-def with_noise(row: Row, name: str) -> str:
-    """A median with half its interval."""
-    if row[name] is None:
-        return "-"
-    low, high = row[f"{name}_lo"], row[f"{name}_hi"]
-    spread = "" if low is None or high is None else f" ±{(high - low) / 2:.1f}"
-    return f"{row[name]:.1f}{spread}"
-
-
 def _ratio(ranked: Ranked) -> str:
     if ranked.ratio is None:
         return "-"
@@ -236,13 +231,6 @@ def _ratio(ranked: Ranked) -> str:
 
 def _number(value: float | None, unit: float, form: str) -> str:
     return "-" if value is None else form.format(value / unit)
-
-
-def _small(value: float | None) -> str:
-    """Four digits, whatever the size: quality figures span many orders."""
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.3g}"
 
 
 def _shown_path(path: Path) -> str:

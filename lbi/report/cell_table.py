@@ -1,0 +1,119 @@
+"""The table with every cell of one model and workload: ranked cells best first, then the others.
+
+The page's script sorts it by the text that is shown, so each cell's text begins with
+its number. A cell without a number has its status and reason instead of the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lbi.collect import Row
+from lbi.metrics import METRICS
+from lbi.ranking import SPEED, Ranked, Table
+from lbi.report.facts import Facts
+from lbi.report.figures import NOTHING, percent, scaled, small, with_noise
+from lbi.report.markup import Html, element, joined
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A numeric column: its heading, the metric it shows, and how."""
+
+    heading: str
+    metric: str
+    show: Callable[[Ranked], str]
+
+
+def _ratio(ranked: Ranked) -> str:
+    ratio = ranked.ratio
+    if ratio is None:
+        return NOTHING
+    if ranked.is_baseline:
+        return "1"
+    spread = "" if ratio.low is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
+    text = f"{ratio.value:.2f}{spread}"
+    return joined([text, " ", element("span", "tie", class_="tag")]) if ratio.tie else text
+
+
+COLUMNS = (
+    Column("decode tok/s", SPEED, lambda ranked: with_noise(ranked.row, SPEED)),
+    Column("× baseline", "", _ratio),
+    Column("prefill tok/s", "prefill_tok_s", lambda ranked: with_noise(ranked.row, "prefill_tok_s")),
+    Column("peak MB", "peak_memory_bytes", lambda ranked: scaled(ranked.row["peak_memory_bytes"], 1e6, "{:.0f}")),
+    Column("weights MB", "weight_bytes", lambda ranked: scaled(ranked.row["weight_bytes"], 1e6, "{:.1f}")),
+    Column("bits / weight", "bits_per_weight", lambda ranked: scaled(ranked.row["bits_per_weight"], 1, "{:.2f}")),
+    Column("MB / token", "bytes_per_token", lambda ranked: scaled(ranked.row["bytes_per_token"], 1e6, "{:.1f}")),
+    Column("MBU", "mbu_measured", lambda ranked: percent(ranked.row["mbu_measured"])),
+    Column("mean KLD", "mean_kld", lambda ranked: small(ranked.row["mean_kld"])),
+    Column("top\u20111", "top1_agreement", lambda ranked: percent(ranked.row["top1_agreement"], 1)),
+    Column("PPL ratio", "ppl_ratio", lambda ranked: small(ranked.row["ppl_ratio"])),
+)
+
+RATIO_DOC = "decode tok/s over the baseline's, with the range that both intervals allow; tie: the intervals overlap"
+
+
+def cell_table(table: Table, facts: Mapping[int, Facts], caption: str) -> Html:
+    """The table in a box that scrolls by itself."""
+    lines = [_line(ranked, facts) for ranked in table.ranked]
+    made = element(
+        "table",
+        element("caption", caption),
+        element("thead", element("tr", *_headings())),
+        element("tbody", joined(lines, "\n")),
+        class_="cells",
+    )
+    return element("div", made, class_="scroll tall", tabindex="0", role="region", aria_label=caption)
+
+
+def _headings() -> list[Html]:
+    made = [_heading("#", "ascending", "place by decode tok/s; = shares it with others: a tie", sorted_by=True)]
+    made.append(_heading("setting", "ascending", "what varies in the grid", kind="text"))
+    for column in COLUMNS:
+        metric = METRICS.get(column.metric)
+        first = "descending" if metric is None or metric.better == "higher" else "ascending"
+        made.append(_heading(column.heading, first, metric.doc if metric else RATIO_DOC))
+    made.append(_heading("cell", "ascending", "place in the plan"))
+    return made
+
+
+def _heading(text: str, first: str, doc: str, *, kind: str | None = None, sorted_by: bool = False) -> Html:
+    """`first` is the order of the first click: the better end, or the start of the alphabet."""
+    return element(
+        "th",
+        element("button", text, type="button", title=doc),
+        scope="col",
+        aria_sort=first if sorted_by else "none",
+        data_first=first,
+        data_kind=kind,
+    )
+
+
+def _line(ranked: Ranked, facts: Mapping[int, Facts]) -> Html:
+    row = ranked.row
+    name = [element("span", row["name"], class_="name")]
+    name += [element("span", tag, class_="tag") for tag in _tags(ranked)]
+    cells = [element("td", f"{ranked.rank}{'=' if ranked.shared else ''}" if ranked.rank else NOTHING)]
+    cells.append(element("th", *name, scope="row"))
+    if row["status"] == "ok":
+        cells += [element("td", column.show(ranked)) for column in COLUMNS]
+    else:
+        cells.append(element("td", *_why(row, facts), colspan=str(len(COLUMNS)), class_="why"))
+    cells.append(element("td", str(row["cell"])))
+    return element("tr", *cells, id=f"c{row['cell']}", class_="base" if ranked.is_baseline else None)
+
+
+def _tags(ranked: Ranked) -> list[str]:
+    return [tag for tag, holds in (("baseline", ranked.is_baseline), ("front", ranked.on_front)) if holds]
+
+
+def _why(row: Row, facts: Mapping[int, Facts]) -> list[str]:
+    """Status and reason of a cell without a number."""
+    reason = row["reason"]
+    if row["status"] == "running":
+        phase = facts[row["cell"]].phase
+        reason = f"now in the phase: {phase}" if phase else "now"
+    elif row["status"] == "missing":
+        reason = f"no result yet{f' ({reason})' if reason else ''}"
+    return [element("span", row["status"], class_="status"), f" {reason}"]

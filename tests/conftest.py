@@ -1,0 +1,82 @@
+"""Fixtures that several tests share: a folder for a store, and plans made without Hydra's command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbi.compose import Composed, Composer, parse
+from lbi.plan import Plan, make_plan
+from lbi.store import Store
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "lbi" / "plugins"))
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may reach a real W&B account or depend on the caller's store."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("LBI_STORE", raising=False)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.open(tmp_path / "store", write=True)
+
+
+@pytest.fixture
+def loader() -> Iterator[Any]:
+    """Hydra's config loader over the project's own conf/."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+@pytest.fixture
+def compose(loader: Any) -> Callable[..., list[Composed]]:
+    """Compose the grid of some overrides."""
+
+    def cells(*arguments: str) -> list[Composed]:
+        fixed, axes, order = parse(["hydra/sweeper=basic", "hydra/launcher=basic", *arguments], loader)
+        return list(Composer(loader, "config", fixed, axes, order))
+
+    return cells
+
+
+@pytest.fixture
+def plan(compose: Callable[..., list[Composed]], store: Store) -> Callable[..., Plan]:
+    """Plan the grid of some overrides on the tiny model."""
+
+    def made(*arguments: str, model: str = "tiny_random") -> Plan:
+        return make_plan(compose(f"model={model}", *arguments), store, 0.0)
+
+    return made
+
+
+@pytest.fixture
+def run_lbi(tmp_path: Path) -> Callable[..., Any]:
+    """Run `python -m lbi` in a process of its own, in an empty folder."""
+    import subprocess
+
+    def run(*arguments: str, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "LBI_STORE": str(tmp_path / "store"), "PYTHONPATH": str(ROOT), **variables}
+        return subprocess.run(
+            [sys.executable, "-m", "lbi", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=tmp_path,
+            env=environment,
+            check=False,
+        )
+
+    return run

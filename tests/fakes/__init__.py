@@ -1,0 +1,1 @@
+"""Stand-ins for servers that tests must not need a network for."""

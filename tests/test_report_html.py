@@ -1,0 +1,425 @@
+"""The HTML report: whole, self-contained, small, and safe against what it shows."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbi.report import html, vega
+from lbi.report.charts import KLD_FLOOR
+from lbi.store import Store
+
+SWEEP = "tried"
+SCRIPT = 'window.vegaEmbed=()=>Promise.resolve();"http://not.loaded/"'
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;"
+ENVIRONMENT = {
+    "host": "node1",
+    "cpu": "Some CPU",
+    "cores": 8,
+    "gpus": [],
+    "packages": {"torch": "2.13.0"},
+    "lbi": "0.1.0",
+    "git": {"commit": "c0ffee", "dirty": None},
+}
+
+
+class Page(HTMLParser):
+    """The report as a browser takes it apart."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: dict[str, str] = {}
+        self.rows: dict[str, str] = {}
+        self.text = ""
+        self._open: list[str] = []
+        self._script = self._row = ""
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append((tag, found))
+        if tag == "script":
+            self._script = found.get("id") or f"script {len(self.scripts)}"
+            self.scripts[self._script] = ""
+        if tag == "tr":
+            self._row = found.get("id") or ""
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._script = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._script:
+            self.scripts[self._script] += data
+            return
+        self.text += data
+        if self._row:
+            self.rows[self._row] = self.rows.get(self._row, "") + " " + data
+
+    def attributes(self, name: str) -> list[str]:
+        return [str(found[name]) for _, found in self.tags if name in found]
+
+    def details(self, cell: int) -> dict[str, str]:
+        """What the page's script shows when a row is opened."""
+        known = json.loads(self.scripts["details"])
+        shown = {}
+        for (name, between), parts in zip(known["fields"], known["cells"][str(cell)], strict=True):
+            listed = parts if isinstance(parts, list) else [parts]
+            shown[name] = between.join(known["pool"][part] if isinstance(part, int) else part for part in listed)
+        return shown
+
+    def charts(self) -> dict[str, Any]:
+        return dict(json.loads(self.scripts["charts"]))
+
+
+class Sweep:
+    """A store on disk with one sweep, written as lbi.store lays it out."""
+
+    def __init__(self, root: Path, **header: Any) -> None:
+        self.store = Store.open(root, write=True)
+        asked = {"command": "python -m lbi -m quantizer=none,int8_wo", "planned": 1.7e9, "baseline": None}
+        asked |= {"max_kld": 0.05, "notes": {}, "problems": []}
+        self.lines = [{"schema": 1, "sweep": SWEEP, **asked, **header}]
+
+    def cell(self, name: str, verdict: str = "RUN", reason: str = "", rule: str = "", **choices: str) -> int:
+        """Add a cell to the plan; its number."""
+        index = len(self.lines) - 1
+        groups = {"model": "tiny", "engine": "hf", "compiler": "eager", "decoding": "greedy", "cache": "dynamic"}
+        groups |= {"workload": "chat", "quantizer": name.split()[0], **choices}
+        line = {"index": index, "overrides": [f"quantizer={name}", "cache=dynamic"], "choices": groups}
+        line |= {"run_id": f"{index:012x}", "env_id": "e0", "verdict": verdict, "reason": reason, "rule": rule}
+        self.lines.append(line | {"name": name})
+        return index
+
+    def result(self, index: int, status: str = "ok", reason: str = "", **files: Any) -> None:
+        """Publish a result for a cell; `files` are the attempt's, without .json."""
+        folder = self.store.run_folder(f"{index:012x}", "e0")
+        attempt = folder / "attempt-1"
+        attempt.mkdir(parents=True)
+        outcome = {"schema": 1, "run_id": f"{index:012x}", "status": status, "reason": reason, "attempt": 1}
+        (folder / "status.json").write_text(json.dumps(outcome | {"finished": 1.7e9 + index, "seconds": 3.0}))
+        for name, content in {"env": ENVIRONMENT, **files}.items():
+            (attempt / f"{name}.json").write_text(json.dumps({"schema": 1, **content}))
+
+    def measured(self, name: str, speed: float, kld: float | None = 0.01, noise: float = 1.0, **files: Any) -> int:
+        """A cell with a number."""
+        index = self.cell(name)
+        numbers: dict[str, Any] = {"decode_tok_s": speed, "decode_tok_s_lo": speed - noise}
+        numbers |= {"decode_tok_s_hi": speed + noise, "repetitions": 5.0, "interval_coverage": 0.9375}
+        numbers |= {"prefill_tok_s": 900.0, "weight_bytes": 1e6 + index, "bits_per_weight": 8.5, "mean_kld": kld}
+        metrics = {"metrics": numbers, "missing": {"energy_j_per_token": "no meter"}, "phases_s": {"load": 2.5}}
+        kind = {"kind": "Linear[Int8]", "bits": 8.0, "group_size": 32, "quantized": True, "layers": 7}
+        kind |= {"params": 1000, "bytes": 1100, "example": "q_proj"}
+        effective = {"weights": {"kinds": [kind]}, "compiler": {"graphs": 3, "graph_breaks": 0}, "threads": 8}
+        effective |= {"lossless": {"verdict": "equal", "tokens": 32}, "attention": "sdpa"}
+        text = {"tokens": [1, 2], "text": "a generated text"}
+        self.result(index, **{"metrics": metrics, "effective": effective, "text": text, **files})
+        return index
+
+    def page(self) -> Page:
+        return Page(self.write().read_text())
+
+    def write(self) -> Path:
+        folder = self.store.sweep_folder(SWEEP)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        return html.write(self.store, SWEEP)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sweep]:
+    monkeypatch.setattr(html, "bundle", lambda: SCRIPT)
+    return lambda **header: Sweep(tmp_path / "store", **header)
+
+
+def test_every_cell_is_there_with_its_status_and_reason(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    made.measured("none", 100.0, 0.0)
+    made.measured("int8_wo", 150.0)
+    made.result(made.cell("hqq4"), "oom", "needs 90 GB")
+    made.result(
+        made.cell("hqq2"), "crash", "SIGSEGV in the kernel", verdict={"last_phase": "warm up", "status": "crash"}
+    )
+    made.cell("fp8_wo", "PRUNED", "this CPU has no fp8", "fp8_needs_a_gpu")
+    made.cell("int8", "DUPLICATE", "the same setting as cell 1")
+    made.cell("late")
+    running = made.cell("busy")
+    attempt = made.store.claim(f"{running:012x}", "e0", {})
+    (attempt.folder / "progress.json").write_text(json.dumps({"schema": 1, "phase": "quantize"}))
+    page = made.page()
+
+    assert list(page.rows) == ["c1", "c0", "c2", "c3", "c4", "c5", "c6", "c7"]
+    assert "150.0 ±1.0" in page.rows["c1"]
+    assert "1.50 (1.48 to 1.53)" in page.rows["c1"]
+    assert "baseline" in page.rows["c0"]
+    assert "baseline" not in page.rows["c1"]
+    for cell, words in enumerate(["oom needs 90 GB", "crash SIGSEGV in the kernel", "pruned this CPU has no fp8"], 2):
+        assert words in " ".join(page.rows[f"c{cell}"].split())
+    assert "the same setting as cell 1" in page.rows["c5"]
+    assert "no result yet" in page.rows["c6"]
+    assert "quantize" in page.rows["c7"]
+    assert "8 cells: 2 ok, 1 oom, 1 crash, 1 running, 1 missing, 1 pruned, 1 duplicate." in page.text
+    assert "not finished: 1 running, 1 missing" in page.text
+    assert "ended in: warm up" in page.details(3)["time by phase"]
+
+
+def test_answers_ties_and_notes_are_on_top(sweep: Callable[..., Sweep]) -> None:
+    made = sweep(notes={"tiny": "Random weights."})
+    made.measured("none", 100.0, 0.0)
+    made.measured("int8_wo", 150.0, 0.5)
+    made.measured("int4_wo", 149.0, 0.01)
+    page = made.page()
+    before = page.text.index("Speed against quality")
+    for words in ("int8_wo, 150.0 tok/s, 1.50x", "It is a tie with int4_wo", "int4_wo, 149.0 tok/s", "Smallest within"):
+        assert page.text.index(words) < before
+    assert [row.split()[0] for row in page.rows.values()] == ["1=", "1=", "3"]
+    # Once with the answer, and once right above the table.
+    assert page.text.count("Random weights.") == 2
+    assert page.text.rindex("Random weights.") < page.text.index("Filter rows")
+    assert "#c1" in page.attributes("href")
+
+
+def test_details_of_a_row(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    made.measured("none", 100.0)
+    shown = made.page().details(0)
+    assert shown["overrides"] == "quantizer=none cache=dynamic"
+    assert shown["run_id"] == "000000000000"
+    assert shown["attempt"] == "runs/000000000000/e0/attempt-1"
+    assert (
+        shown["linear layers as run"] == "7 × Linear[Int8]: 8 bit, groups of 32, 1,000 weights, 1.1 kB (such as q_proj)"
+    )
+    assert shown["compiler counters"] == "graphs 3, graph breaks 0"
+    assert shown["same tokens as the plain path"] == "verdict equal, tokens 32"
+    assert shown["time by phase"] == "load 2.50 s"
+    assert shown["generated text"] == "a generated text"
+    assert "decode_tok_s 100.0 tok/s (99.0 tok/s to 101.0 tok/s)" in shown["other numbers"]
+    assert shown["numbers it does not have"] == "energy_j_per_token: no meter"
+
+
+def test_nothing_from_a_result_becomes_markup(sweep: Callable[..., Sweep]) -> None:
+    made = sweep(command=HOSTILE, notes={"tiny": HOSTILE}, problems=[HOSTILE])
+    made.measured(HOSTILE, 100.0, text={"text": HOSTILE + "\ud800 \u2028"}, env={**ENVIRONMENT, "cpu": HOSTILE})
+    made.result(made.cell("hqq4"), "crash", HOSTILE)
+    made.cell("fp8_wo", "PRUNED", HOSTILE, HOSTILE)
+    made.cell("none", model='"onclick="alert(3)')
+    page = made.page()
+    assert [tag for tag, _ in page.tags].count("script") == 4
+    assert not [tag for tag, _ in page.tags if tag in ("img", "iframe", "object", "embed", "link", "base", "form")]
+    assert not [name for _, found in page.tags for name in found if name.startswith("on")]
+    assert page.details(0)["generated text"].startswith(HOSTILE)
+    assert page.charts()["bars-1"]["data"]["values"][0]["label"] == HOSTILE
+    assert HOSTILE in page.rows["c1"]
+    assert page.text.count(HOSTILE) >= 8
+
+
+def test_the_page_loads_nothing_and_runs_only_its_own_scripts(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    made.measured("none", 100.0)
+    page = made.page()
+    assert page.attributes("src") == []
+    assert all(target.startswith("#") for target in page.attributes("href"))
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids))
+    assert {target[1:] for target in page.attributes("href")} <= set(ids)
+    source = made.write().read_text()
+    style = source[source.index("<style>") : source.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    policy = next(str(found["content"]) for tag, found in page.tags if tag == "meta" and "http-equiv" in found)
+    assert "default-src 'none'" in policy
+    run = [text for name, text in page.scripts.items() if name not in ("charts", "details")]
+    assert run[0] == SCRIPT
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in run]
+    assert re.findall(r"'sha256-([^']+)'", policy) == hashes
+
+
+def test_headings_can_be_sorted_by_keyboard_and_say_so(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    made.measured("none", 100.0)
+    source = made.write().read_text()
+    heads = re.findall(r"<th scope=\"col\" aria-sort=\"(\w+)\"[^>]*><button type=\"button\"", source)
+    assert heads[0] == "ascending"
+    assert len(heads) > 10
+    assert set(heads[1:]) == {"none"}
+    assert '<th scope="row"><span class="name">none</span>' in source
+
+
+def test_without_a_measured_cell(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    made.result(made.cell("hqq4"), "oom", "needs 90 GB")
+    made.cell("fp8_wo", "PRUNED", "this CPU has no fp8", "fp8_needs_a_gpu")
+    page = made.page()
+    assert "No cell has a number." in page.text
+    assert "no cell has a speed" in page.text
+    assert page.charts() == {}
+    assert set(page.rows) == {"c0", "c1"}
+
+
+def test_without_quality_there_is_no_front(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    metrics = {"metrics": {"decode_tok_s": 100.0}, "missing": {"mean_kld": "quality=off"}}
+    made.measured("none", 100.0, metrics=metrics)
+    page = made.page()
+    assert "Quality was not measured" in page.text
+    assert "no cell of this table has a mean KLD (quality=off)" in page.text
+    assert set(page.charts()) == {"bars-1"}
+
+
+def test_charts_hold_the_numbers(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    made.measured("none", 100.0, 0.0)
+    made.measured("int8_wo", 150.0, 0.01)
+    made.measured("int8_wo", 120.0, 0.02)
+    page = made.page()
+    values = {value["label"]: value for value in page.charts()["pareto-1"]["data"]["values"]}
+    # Two cells of one name would be one bar.
+    assert set(values) == {"none", "int8_wo (cell 1)", "int8_wo (cell 2)"}
+    assert (values["none"]["kld"], values["none"]["shown_kld"]) == (0.0, KLD_FLOOR)
+    assert {label for label, value in values.items() if value["front"]} == {"none", "int8_wo (cell 1)"}
+    assert (values["none"]["low"], values["none"]["high"]) == (99.0, 101.0)
+    assert "1 cell is below 1e-06 and drawn there" in page.text
+
+
+def test_a_table_per_model_and_workload(sweep: Callable[..., Sweep]) -> None:
+    made = sweep(notes={"tiny": "Random weights."})
+    made.measured("none", 100.0)
+    other = made.cell("none", model="large")
+    made.result(other, "oom", "needs 90 GB")
+    page = made.page()
+    assert [tag for tag, found in page.tags if found.get("class") == "cells"] == ["table", "table"]
+    assert page.text.count("large, chat") >= 3
+    assert page.text.count("Note on large") == 0
+
+
+def test_pruned_cells_and_missing_numbers_are_grouped_by_reason(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    for name in ("none", "int8_wo"):
+        made.measured(name, 100.0)
+    for name in ("a", "b", "c", "d"):
+        made.cell(name, "PRUNED", "this CPU has no fp8", "fp8_needs_a_gpu")
+    made.cell("e", "PRUNED", "another reason", "other_rule")
+    text = made.page().text
+    section = text[text.index("could not have given a number") : text.index("env_id")]
+    assert section.count("this CPU has no fp8") == 1
+    assert "4 cells" in section
+    assert "a; b; c; d" in section
+    assert "other_rule" in section
+    lacking = text[text.index("Numbers that measured cells lack") :]
+    assert lacking.count("no meter") == 1
+    assert "none; int8_wo" in lacking
+
+
+def test_every_environment_is_shown(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    card = {"name": "H200", "uuid": "1", "driver": "580", "memory_bytes": 141e9, "compute_capability": "9.0"}
+    made.measured("none", 100.0)
+    made.measured("int8_wo", 100.0, env={**ENVIRONMENT, "host": "node2"})
+    assert "environment 2" not in made.page().text
+    made.measured("int4_wo", 100.0, env={**ENVIRONMENT, "gpus": [card, {**card, "uuid": "2"}]})
+    text = made.page().text
+    for words in ("environment 2", "node1, node2", "2 × H200, 141 GB, driver 580", "Some CPU", "2.13.0", "c0ffee"):
+        assert words in text
+
+
+def test_damaged_files_are_reported_and_do_not_stop_it(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    index = made.measured("none", 100.0)
+    made.measured("int8_wo", 120.0, effective={"weights": 7, "compiler": None, "peaks": [1]}, text={"text": 3})
+    (made.store.run_folder(f"{index:012x}", "e0") / "attempt-1" / "effective.json").write_text("{")
+    page = made.page()
+    assert "effective.json: is not whole JSON" in page.text
+    assert set(page.rows) == {"c0", "c1"}
+
+
+def test_a_thousand_cells_fit(sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html, "bundle", lambda: SCRIPT + " " * 900_000)
+    made = sweep()
+    for index in range(900):
+        name = f"quantizer{index % 12} inductor_max_autotune static group_size={index}"
+        phases = dict.fromkeys(("import", "load", "quantize", "audit", "warm up", "measure"), 1.2345 + index)
+        made.measured(
+            name, 100.0 + index, 0.001 * index, text={"text": f"{index} " * 500}, verdict={"phases_s": phases}
+        )
+    for index in range(100):
+        made.cell(f"pruned{index} inductor dynamic", "PRUNED", "compiles fixed shapes, and the cache grows", "shapes")
+    started = time.perf_counter()
+    file = made.write()
+    assert time.perf_counter() - started < 10
+    assert file.stat().st_size < 2_000_000
+    page = Page(file.read_text())
+    assert len(page.rows) == 1000
+    assert set(page.charts()) == {"bars-1", "pareto-1"}
+    assert "To keep this file small" in page.text
+    assert page.details(899)["run_id"] == f"{899:012x}"
+
+
+def test_without_the_charts_package(sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html, "bundle", lambda: None)
+    made = sweep()
+    made.measured("none", 100.0)
+    page = made.page()
+    assert "vl-convert-python is not installed" in page.text
+    assert set(page.rows) == {"c0"}
+
+
+def test_the_bundle_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = pytest.importorskip("vl_convert")
+    made = []
+
+    def javascript_bundle() -> str:
+        made.append(1)
+        return f'"</Script><!--";\r\n{vega.ENTRY}0'
+
+    monkeypatch.setenv("LBI_CACHE", str(tmp_path))
+    monkeypatch.setattr(package, "javascript_bundle", javascript_bundle)
+    assert vega.bundle() == vega.bundle() == f'"<\\/Script><\\!--";\n{vega.ENTRY}0'
+    assert len(made) == 1
+    next(tmp_path.iterdir()).write_text("cut off")
+    assert vega.bundle() is not None
+    assert len(made) == 2
+    monkeypatch.setattr(vega, "PACKAGE", "a-package-that-nobody-has")
+    assert vega.bundle() is None
+
+
+def test_a_browser_draws_it_without_a_complaint(tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no chromium here")
+    made = Sweep(tmp_path / "store")
+    made.measured(HOSTILE, 100.0, 0.0, text={"text": HOSTILE})
+    made.measured("int8_wo", 150.0)
+    one_repetition = {"metrics": {"decode_tok_s": 7.0, "repetitions": 1.0}, "missing": {}}
+    made.result(made.cell("none", model="other"), metrics=one_repetition)
+    quiet = [
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--no-first-run",
+        "--no-sandbox",
+    ]
+    logged = [
+        "--enable-logging=stderr",
+        "--v=0",
+        "--virtual-time-budget=5000",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    command = [browser, "--headless", *quiet, *logged, "--dump-dom", made.write().as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.count("<svg") >= 3
+    assert done.stdout.count('class="more"') == 3
+    assert "CONSOLE" not in done.stderr

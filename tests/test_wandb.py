@@ -1,0 +1,415 @@
+"""The W&B tracker, with the real wandb client against a loopback server.
+
+What matters: W&B says what the store says, a second call costs nothing, and nothing that a
+server or a network does holds up the driver or leaves a process behind.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes.wandb_server import KEY, FakeWandb
+
+from lbi.config import TrackerConfig
+from lbi.files import write_json, write_json_lines
+from lbi.store import Store
+from lbi.trackers import track
+from lbi.trackers import wandb as tracker
+from lbi.trackers.wandb_access import Access, key_sources, may_be_online_now, unreachable
+from lbi.trackers.wandb_runs import MAX_TAG, Ledger, of_sweep
+
+ENV_ID = "e" * 12
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder without W&B settings, and an environment without W&B's or a proxy's variables."""
+    for name in list(os.environ):
+        if name.startswith("WANDB_") or name.lower().endswith("_proxy") or name == "NETRC":
+            monkeypatch.delenv(name)
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    # The driver's process must do without wandb; the writer is another process.
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    return folder
+
+
+@pytest.fixture
+def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
+    """A server that the environment points to, and a key for it."""
+    with FakeWandb() as fake:
+        monkeypatch.setenv("WANDB_BASE_URL", fake.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield fake
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.open(tmp_path / "store", write=True)
+
+
+def config(**changes: Any) -> TrackerConfig:
+    return TrackerConfig(**{"name": "wandb", "kind": "wandb", "timeout_s": 60.0, **changes})
+
+
+def put_result(
+    store: Store, run_id: str, status: str, reason: str = "", attempt: int = 1, speed: float = 100.0
+) -> None:
+    """A result as lbi.store and lbi.run lay it out."""
+    folder = store.run_folder(run_id, ENV_ID) / f"attempt-{attempt}"
+    sections = {
+        "model": {"name": "tiny", "source": "random", "path": None, "note": "for tests", "arch": {"hidden_size": 64}},
+        "quantizer": {"name": "int4_wo", "bits": 4, "skip": ["lm_head", "embed"]},
+        "store": {"path": str(store.root)},
+    }
+    write_json(folder / "config.json", {"schema": 1, "config": sections, "device_name": "Some CPU"})
+    outcome = {"run_id": run_id, "env_id": ENV_ID, "status": status, "reason": reason, "attempt": attempt}
+    outcome |= {"schema": 1, "host": "node7", "finished": 1.8e9, "seconds": 2.5}
+    write_json(folder / "outcome.json", outcome)
+    if status == "ok":
+        metrics = {"decode_tok_s": speed, "mean_kld": 0.015625, "compile_s": None, "repetitions": 5.0}
+        write_json(folder / "metrics.json", {"schema": 1, "metrics": metrics, "missing": {"compile_s": "not compiled"}})
+    write_json(folder.parent / "status.json", outcome)
+
+
+def cell(index: int, run_id: str, verdict: str = "RUN", quantizer: str = "int4_wo", reason: str = "") -> dict[str, Any]:
+    choices = {"model": "tiny", "engine": "hf", "quantizer": quantizer, "compiler": "eager", "decoding": "greedy"}
+    return {
+        "index": index,
+        "name": f"{quantizer} eager {index}",
+        "overrides": [f"quantizer={quantizer}"],
+        "choices": choices | {"cache": "static", "workload": "chat"},
+        "run_id": run_id,
+        "env_id": ENV_ID if run_id else "",
+        "verdict": verdict,
+        "reason": reason,
+        "rule": "some_rule" if verdict == "PRUNED" else "",
+    }
+
+
+def put_plan(store: Store, sweep: str, *cells: dict[str, Any]) -> None:
+    write_json_lines(store.sweep_folder(sweep) / "plan.jsonl", [{"schema": 1, "sweep": sweep}, *cells])
+
+
+def put_sweep(store: Store, sweep: str = "survey", results: int = 2) -> None:
+    """A sweep of so many measured cells."""
+    ids = [f"{i:012x}" for i in range(results)]
+    for run_id in ids:
+        put_result(store, run_id, "ok")
+    put_plan(store, sweep, *(cell(i, run_id) for i, run_id in enumerate(ids)))
+
+
+def forbid_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"a process was started: {args}")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if not path.is_symlink()}
+
+
+def processes_of(home: Path) -> dict[int, str]:
+    """Command lines of the writer and its helpers: they alone have this test's home folder and the mark."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            variables = (entry / "environ").read_bytes().split(b"\0")
+            if f"HOME={home}".encode() in variables and any(
+                item.startswith(tracker.MARK.encode()) for item in variables
+            ):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def offline_folders(store: Store) -> list[Path]:
+    return sorted((store.root / "wandb").glob("offline-run-*"))
+
+
+def put_every_kind(store: Store) -> None:
+    put_result(store, "a" * 12, "ok", speed=123.5)
+    put_result(store, "b" * 12, "oom", "needs 20 GiB of 16")
+    put_plan(
+        store,
+        "survey",
+        cell(0, "a" * 12),
+        cell(1, "b" * 12, quantizer="none"),
+        cell(2, "c" * 12, "PRUNED", "hqq4", "hqq4 needs a group size"),
+        cell(3, "", "PRUNED", reason="there is no such knob"),
+        cell(4, "a" * 12, "DUPLICATE", reason="the same setting as cell 0"),
+        cell(5, "d" * 12),
+    )
+
+
+def test_online_says_what_the_store_says(server: FakeWandb, store: Store, home: Path, tmp_path: Path) -> None:
+    put_every_kind(store)
+    line = track(store, "survey", config())
+
+    assert f"4 runs online at {server.url}/team/lbi" in line
+    assert server.unknown == []
+    measured, failed = server.runs[f"{'a' * 12}-{ENV_ID}"], server.runs[f"{'b' * 12}-{ENV_ID}"]
+    pruned = {run.summary["reason"]: run for name, run in server.runs.items() if name.startswith("pruned-")}
+    assert set(pruned) == {"hqq4 needs a group size", "there is no such knob"}
+    assert len(server.runs) == 4, "duplicates and cells without a result are no runs"
+    for run in server.runs.values():
+        assert (run.fields["groupName"], run.fields["jobType"], run.complete) == ("survey", "bench", True)
+        assert "sweep:survey" in run.fields["tags"]
+
+    expected = {"decode_tok_s": 123.5, "mean_kld": 0.015625, "repetitions": 5, "status": "ok", "attempt": 1}
+    said = {key: value for key, value in measured.summary.items() if not key.startswith("_")}
+    assert said == {**expected, "host": "node7"}, "no metric that is None"
+    assert [point["decode_tok_s"] for point in measured.history] == [123.5]
+    assert measured.fields["displayName"] == "int4_wo eager 0"
+    assert set(measured.fields["tags"]) == {"tiny", "int4_wo", "hf", "greedy", "static", "ok", "sweep:survey"}
+    wanted = {"sweep": "survey", "quantizer": "int4_wo", "quantizer_bits": 4, "quantizer_skip": "lm_head embed"}
+    wanted |= {"model": "tiny", "model_arch_hidden_size": 64, "device": "Some CPU", "run_id": "a" * 12}
+    assert wanted.items() <= measured.config.items()
+    assert not {"model_path", "model_note", "store_path"} & set(measured.config)
+
+    assert (failed.summary["status"], failed.summary["reason"]) == ("oom", "needs 20 GiB of 16")
+    assert "decode_tok_s" not in failed.summary
+    assert (failed.exit_code, measured.exit_code) == (1, 0)
+    cut = pruned["hqq4 needs a group size"]
+    assert (cut.summary["status"], cut.config["rule"], cut.config["quantizer"]) == ("pruned", "some_rule", "hqq4")
+    assert cut.exit_code == 0
+
+    sent = b"".join(server.bodies)
+    assert files(home) == {}, "nothing is left in the home folder"
+    for secret in (KEY, str(tmp_path), str(Path.cwd()), os.path.expanduser("~")):
+        assert secret.encode() not in sent
+
+
+def test_nothing_new_costs_nothing(server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_every_kind(store)
+    first = track(store, "survey", config())
+    before, connections = files(store.root), server.connections
+    with monkeypatch.context() as patch:
+        forbid_processes(patch)
+        started = time.perf_counter()
+        assert track(store, "survey", config()) == first
+        assert time.perf_counter() - started < 0.5
+    assert (files(store.root), server.connections) == (before, connections)
+
+    put_result(store, "d" * 12, "ok")
+    server.bodies.clear()
+    assert "5 runs online" in track(store, "survey", config())
+    said = b"".join(server.bodies)
+    assert b"d" * 12 in said
+    assert b"a" * 12 not in said, "what was written is not written again"
+
+
+def test_offline_without_a_key(server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    put_every_kind(store)
+    line = track(store, "survey", config())
+
+    assert line.startswith(f"W&B: 4 runs offline under {store.root / 'wandb'} (no API key")
+    assert "wandb sync" in line
+    assert len(offline_folders(store)) == 4
+    assert all(list(folder.glob("run-*.wandb")) for folder in offline_folders(store))
+    assert server.connections == 0
+    before = files(store.root)
+    with monkeypatch.context() as patch:
+        forbid_processes(patch)
+        assert track(store, "survey", config()) == line
+    assert files(store.root) == before
+
+    # A key appears: the same runs go online, and their offline folders, uploaded beside them, would say it twice.
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert "4 runs online" in track(store, "survey", config())
+    assert set(server.runs) == {run.id for run in of_sweep(store, "survey")}
+    assert offline_folders(store) == []
+
+
+def test_what_was_uploaded_by_hand_is_left_alone(
+    server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_sweep(store)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert "2 runs offline" in track(store, "survey", config(mode="online"))
+    assert server.connections == 0
+    synced, other = offline_folders(store)
+    # The mark that `wandb sync` leaves.
+    (synced / f"{next(synced.glob('*.wandb')).name}.synced").touch()
+    monkeypatch.delenv("WANDB_MODE")
+    assert "2 runs online" in track(store, "survey", config())
+    assert [run_id for run_id in server.runs if run_id in other.name] == list(server.runs)
+
+
+def test_no_server_means_offline(home: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    put_sweep(store)
+    line = track(store, "survey", config())
+    assert "2 runs offline" in line
+    assert "Connection refused" in line
+    with monkeypatch.context() as patch:
+        forbid_processes(patch)
+        assert track(store, "survey", config()) == line
+
+
+def test_online_only_does_not_fall_back(server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_sweep(store)
+    monkeypatch.delenv("WANDB_API_KEY")
+    line = track(store, "survey", config(mode="online"))
+    assert line.startswith("W&B: 2 runs not written (no API key")
+    assert not (store.root / "wandb").exists()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    server.fail("UpsertBucket", 401, times=1000)
+    line = track(store, "survey", config(mode="online"))
+    assert "2 runs not written (CommError" in line
+    assert not (store.root / "wandb").exists()
+
+
+def test_a_server_that_refuses_means_offline_for_now(server: FakeWandb, store: Store) -> None:
+    put_sweep(store)
+    server.fail("UpsertBucket", 401, times=1)
+    line = track(store, "survey", config())
+    assert "2 runs offline" in line
+    assert "CommError" in line
+    assert "2 runs online" in track(store, "survey", config())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+def test_a_hanging_server_is_bounded_and_leaves_no_process(server: FakeWandb, store: Store, home: Path) -> None:
+    put_sweep(store, results=3)
+    last = of_sweep(store, "survey")[-1].id
+    lines: list[str] = []
+    seen: dict[int, str] = {}
+    with server.hanging(about=last):
+        started = time.monotonic()
+        caller = threading.Thread(target=lambda: lines.append(track(store, "survey", config(timeout_s=6.0))))
+        caller.start()
+        while caller.is_alive():
+            seen |= processes_of(home)
+            time.sleep(0.1)
+        took = time.monotonic() - started
+    assert took < 10
+    assert any("wandb-core" in command for command in seen.values()), "the helper was there to be left behind"
+    assert processes_of(home) == {}
+    assert "2 runs online" in lines[0]
+    assert "1 run not written (took longer than tracker.timeout_s=6)" in lines[0]
+
+    written = server.operations["UpsertBucket"]
+    assert "3 runs online" in track(store, "survey", config())
+    assert server.runs[last].complete
+    assert server.operations["UpsertBucket"] - written <= 3, "only the one that was missing is written"
+    assert processes_of(home) == {}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+def test_a_helper_in_its_own_session_is_ended(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = tmp_path / "writer"
+    writer.write_text(f"#!/bin/sh\nsetsid sleep 300 &\necho $! > {tmp_path}/helper\nsleep 300\n")
+    writer.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(writer))
+    assert tracker._run_writer([], tmp_path, seconds=1.0) is None
+    assert (tmp_path / "helper").read_text().strip().isdigit()
+    assert processes_of(home) == {}
+
+
+def test_a_run_lives_on_in_other_sweeps_and_attempts(server: FakeWandb, store: Store) -> None:
+    put_sweep(store, "first", results=1)
+    track(store, "first", config())
+    (run,) = server.runs.values()
+
+    put_plan(store, "second", cell(7, "0" * 12))
+    (again,) = of_sweep(store, "second")
+    assert Ledger(store, "first", config()).state(again) == "online"
+    assert Ledger(store, "second", config()).state(again) == "", "W&B does not know that it is part of this sweep too"
+    put_result(store, "0" * 12, "crash", "exit code 1", attempt=2)
+    assert "1 run online" in track(store, "second", config())
+    assert (run.fields["groupName"], run.fields["displayName"]) == ("first", "int4_wo eager 0")
+    assert {"sweep:first", "sweep:second", "crash"} <= set(run.fields["tags"])
+    assert (run.summary["status"], run.summary["attempt"]) == ("crash", 2)
+    assert "decode_tok_s" not in run.summary, "a number of the attempt before"
+
+    put_result(store, "0" * 12, "ok", attempt=3, speed=77.0)
+    track(store, "first", config())
+    assert (run.summary["status"], run.summary["decode_tok_s"], "reason" in run.summary) == ("ok", 77, False)
+    assert [point["decode_tok_s"] for point in run.history] == [100, 77], "an attempt with numbers is a point"
+    assert list(server.runs.values()) == [run]
+
+
+def test_disabled_by_the_environment(server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_sweep(store)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    forbid_processes(monkeypatch)
+    assert track(store, "survey", config()) == "W&B: off (WANDB_MODE=disabled)"
+
+
+def test_a_sweep_without_results(home: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_plan(store, "survey", cell(0, "d" * 12))
+    forbid_processes(monkeypatch)
+    assert track(store, "survey", config()) == "W&B: no results to write yet"
+
+
+def test_a_writer_that_fails_is_a_line(server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_sweep(store)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    line = track(store, "survey", config())
+    assert "2 runs not written (exit code 1" in line
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    assert "not everything was written" in track(store, "survey", config())
+
+
+def test_long_names_fit_a_tag(store: Store) -> None:
+    put_sweep(store, results=1)
+    (run,) = of_sweep(store, "survey")
+    tags = run.tags(["s" * 200, "s" * 200])
+    assert max(map(len, tags)) == MAX_TAG
+    assert len(tags) == len(set(tags))
+
+
+def test_whether_to_ask_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def last(kind: str) -> Access:
+        return Access("offline", kind, "", "http://127.0.0.1:1", key_sources())
+
+    assert may_be_online_now(None)
+    assert may_be_online_now(last("refused"))
+    assert not may_be_online_now(last("no_network"))
+    keyless = last("no_key")
+    assert not may_be_online_now(keyless)
+    (home / ".netrc").write_text("machine example.org login user password secret\n")
+    assert may_be_online_now(keyless)
+
+
+def test_a_name_that_is_not_found_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stuck(*args: Any, **kwargs: Any) -> socket.socket:
+        time.sleep(1.0)
+        return socket.socket()
+
+    monkeypatch.setattr(socket, "create_connection", stuck)
+    started = time.perf_counter()
+    assert "does not answer within 0.1 s" in str(unreachable("https://wandb.example", seconds=0.1))
+    assert time.perf_counter() - started < 0.5
+
+
+def test_a_proxy_is_the_first_hop(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+        asked.append(address)
+        return socket.socket()
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("no_proxy", "inside.example")
+    for url in ("https://wandb.example", "https://inside.example", "http://wandb.example:81", "https://127.0.0.1:9"):
+        assert unreachable(url) is None
+    assert asked == [("proxy.example", 3128), ("inside.example", 443), ("wandb.example", 81), ("127.0.0.1", 9)]
