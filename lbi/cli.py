@@ -67,7 +67,7 @@ def _hydra(arguments: Sequence[str]) -> int:
     import hydra
     from hydra.errors import HydraException
 
-    from lbi.compose import explain
+    from lbi.hydra_compose import explain
     from lbi.places import conf_folder
 
     # Hydra finds plugins in the namespace package hydra_plugins, wherever parts of it lie.

@@ -5,11 +5,12 @@ twice. A grid of 10,000 cells is made of a few dozen options, though. Hydra's
 result is an ordered merge of the files on the defaults list, followed by the
 value overrides; each of them writes below a few top-level keys. If two axes never
 write below the same key, the subtree under each key depends on one axis alone.
-So: compose each value of each axis once with Hydra itself, keep the subtrees it
-may write, and assemble cells from shared subtrees.
+So: compose one cell with Hydra itself, find the subtrees of each value of each axis
+(straight from its file where that is all there is to it, else by Hydra again), and
+assemble cells from shared subtrees.
 
 What makes this exact is checked, not assumed. Axes that may write below a common
-key are joined into one axis (their product is composed by Hydra). A defaults list
+key are joined into one axis, whose values are the product of theirs. A defaults list
 with an interpolation, where one axis could choose another's files, turns assembly
 off, and every cell is composed by Hydra. `tests/test_compose.py` compares random
 cells of several configuration trees with Hydra's own compose.
@@ -20,21 +21,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.default_element import GroupDefault, InputDefault, ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
+from lbi.hydra_compose import Hydra, Section, Whole, explain
 from lbi.interpolation import Resolver
-
-Section = Any
-"""The subtree below one top-level key, as plain containers; shared between cells, never modified."""
+from lbi.sections import top_level
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +56,12 @@ class Composed:
 class _Choice:
     """What one value of a (joined) axis writes."""
 
-    overrides: dict[str, str]
     written: dict[str, Section]
     error: str | None = None
 
 
-@dataclass(slots=True)
-class _Whole:
-    """One configuration composed by Hydra."""
-
-    sections: dict[str, Section]
-    files: list[tuple[str, str]]
-    keys: dict[tuple[str, str], frozenset[str]]
-    entangled: bool
+_Choices = dict[tuple[str, ...], _Choice]
+"""What each value of a (joined) axis writes, by its overrides."""
 
 
 class _Entangled(Exception):
@@ -89,13 +76,15 @@ class Composer:
     """
 
     def __init__(
-        self, loader: ConfigLoader, config_name: str, fixed: dict[str, str], axes: Sequence[Axis], order: Sequence[str]
+        self,
+        hydra: Hydra,
+        fixed: dict[str, str],
+        axes: Sequence[Axis],
+        order: Sequence[str],
     ) -> None:
-        self.loader, self.config_name = loader, config_name
+        self.hydra = hydra
         self.fixed, self.axes, self.order = fixed, tuple(axes), tuple(order)
-        self.composed_by_hydra = 0
         self.assembled = True
-        self._cache: dict[tuple[str, ...], _Whole | str] = {}
         self._resolver = Resolver()
 
     def __iter__(self) -> Iterator[Composed]:
@@ -146,20 +135,80 @@ class Composer:
             else:
                 yield self._finish(chosen, whole.sections, None)
 
-    def _take_apart(self) -> tuple[list[tuple[tuple[str, ...], dict[tuple[str, ...], _Choice]]], dict[str, Section]]:
-        groups = self._join([({axis.key}, {_top_level(axis.key)}) for axis in self.axes])
+    def _take_apart(self) -> tuple[list[tuple[tuple[str, ...], _Choices]], dict[str, Section]]:
+        return self._all_plain() or self._with_hydra()
+
+    def _all_plain(self) -> tuple[list[tuple[tuple[str, ...], _Choices]], dict[str, Section]] | None:
+        """All overrides by top-level key over one configuration without them; None where some need Hydra.
+
+        That configuration is the same for every grid of a sweep, and composed once.
+        """
+        plain = [name for name in self.order if self.hydra.sections.may_be_plain(name)]
+        in_base = frozenset(self.order) - set(plain)
+        if not in_base <= set(self.fixed):
+            return None
+        base = self.hydra.compose(tuple(self.fixed[name] for name in self.order if name in in_base))
+        if isinstance(base, str) or base.entangled:
+            return None
+        parts = []
+        for key in dict.fromkeys(top_level(name) for name in plain):
+            keys = {axis.key for axis in self.axes if top_level(axis.key) == key}
+            choices = self._plain_choices(keys, {key}, base, in_base)
+            if choices is None:
+                return None
+            parts.append((self._in_axis_order(keys), choices))
+        return parts, base.sections
+
+    def _with_hydra(self) -> tuple[list[tuple[tuple[str, ...], _Choices]], dict[str, Section]]:
+        """The same by composing each value of an axis that is not plain, over a cell of the grid."""
+        groups = self._join([({axis.key}, {top_level(axis.key)}) for axis in self.axes])
+        chosen, base = self._base(groups)
+        if base.entangled:
+            raise _Entangled
         while True:
-            base_chosen, base = self._base(groups)
-            touched = [(keys, self._may_write(keys, own, base_chosen, base)) for keys, own in groups]
+            plain = [self._plain_choices(keys, own, base) for keys, own in groups]
+            touched = [
+                (keys, own if choices is not None else self._may_write(keys, own, chosen, base))
+                for (keys, own), choices in zip(groups, plain, strict=True)
+            ]
             joined = self._join(touched)
             if len(joined) == len(groups):
                 break
             groups = joined
         parts = []
-        for keys, written in touched:
-            ordered = tuple(axis.key for axis in self.axes if axis.key in keys)
-            parts.append((ordered, self._choices(ordered, written, base_chosen)))
+        for (keys, written), choices in zip(touched, plain, strict=True):
+            ordered = self._in_axis_order(keys)
+            parts.append((ordered, self._choices(ordered, written, chosen) if choices is None else choices))
         return parts, base.sections
+
+    def _in_axis_order(self, keys: set[str]) -> tuple[str, ...]:
+        return tuple(axis.key for axis in self.axes if axis.key in keys)
+
+    def _plain_choices(
+        self, keys: set[str], own: set[str], base: Whole, in_base: frozenset[str] = frozenset()
+    ) -> _Choices | None:
+        """The subtrees of a group's axes without Hydra; None where only Hydra can tell.
+
+        Overrides named in `in_base` have had their effect on `base` already.
+        """
+        if len(own) != 1:
+            return None
+        (key,) = own
+        ordered = self._in_axis_order(keys)
+        choices = {}
+        for chosen in self._combinations(ordered):
+            given = {**self.fixed, **chosen}
+            overrides = {name: given[name] for name in self.order if name in given and name not in in_base}
+            try:
+                content = self.hydra.sections.section(key, base.writers(key), overrides)
+            except HydraException as error:
+                choice = _Choice({}, explain(error))
+            else:
+                if content is None:
+                    return None
+                choice = _Choice({key: content})
+            choices[tuple(chosen[name] for name in ordered)] = choice
+        return choices
 
     @staticmethod
     def _join(groups: list[tuple[set[str], set[str]]]) -> list[tuple[set[str], set[str]]]:
@@ -179,7 +228,7 @@ class Composer:
         for values in itertools.product(*(axis.overrides for axis in axes)):
             yield dict(zip((axis.key for axis in axes), values, strict=True))
 
-    def _base(self, groups: list[tuple[set[str], set[str]]]) -> tuple[dict[str, str], _Whole]:
+    def _base(self, groups: list[tuple[set[str], set[str]]]) -> tuple[dict[str, str], Whole]:
         """A cell that composes: the first, or one near it.
 
         Raises `HydraException` with the first cell's complaint if none is found.
@@ -192,11 +241,11 @@ class Composer:
         )
         for chosen in itertools.chain([first], near, itertools.islice(anywhere, 200)):
             whole = self._compose(chosen)
-            if isinstance(whole, _Whole):
+            if isinstance(whole, Whole):
                 return chosen, whole
         raise HydraException(self._compose(first))
 
-    def _may_write(self, keys: set[str], own: set[str], base_chosen: dict[str, str], base: _Whole) -> set[str]:
+    def _may_write(self, keys: set[str], own: set[str], base_chosen: dict[str, str], base: Whole) -> set[str]:
         """Top-level keys below which some value of these axes may write."""
         written = set(own)
         for chosen in self._combinations(sorted(keys)):
@@ -212,75 +261,19 @@ class Composer:
                 written |= (whole.keys if file in ours else base.keys)[file]
         return written - {"hydra"}
 
-    def _choices(
-        self, keys: tuple[str, ...], written: set[str], base_chosen: dict[str, str]
-    ) -> dict[tuple[str, ...], _Choice]:
+    def _choices(self, keys: tuple[str, ...], written: set[str], base_chosen: dict[str, str]) -> _Choices:
         choices = {}
         for chosen in self._combinations(keys):
             whole = self._compose(base_chosen | chosen)
             if isinstance(whole, str):
-                choice = _Choice(chosen, {}, whole)
+                choice = _Choice({}, whole)
             else:
-                choice = _Choice(chosen, {key: whole.sections.get(key, _ABSENT) for key in written})
+                choice = _Choice({key: whole.sections.get(key, _ABSENT) for key in written})
             choices[tuple(chosen[key] for key in keys)] = choice
         return choices
 
-    def _compose(self, chosen: dict[str, str]) -> _Whole | str:
-        """Hydra's own result for these values, or its complaint."""
-        overrides = self._in_order(chosen)
-        if overrides not in self._cache:
-            self.composed_by_hydra += 1
-            try:
-                self._cache[overrides] = self._compose_with_hydra(list(overrides))
-            except HydraException as error:
-                self._cache[overrides] = explain(error)
-        return self._cache[overrides]
-
-    def _compose_with_hydra(self, overrides: list[str]) -> _Whole:
-        config = self.loader.load_configuration(self.config_name, overrides, run_mode=RunMode.RUN)
-        defaults = self.loader.compute_defaults_list(self.config_name, overrides, RunMode.RUN).defaults
-        container = OmegaConf.to_container(config, resolve=False)
-        if not isinstance(container, dict):
-            raise HydraException(f"{self.config_name} is not a mapping")
-        files, keys, entangled = [], {}, False
-        for default in defaults:
-            name = (str(default.config_path), str(default.package))
-            files.append(name)
-            keys[name], interpolated = self._file(default)
-            entangled = entangled or interpolated
-        sections = {str(key): value for key, value in container.items() if key != "hydra"}
-        return _Whole(sections, files, keys, entangled)
-
-    @cached_property
-    def _files(self) -> dict[tuple[str, str], tuple[frozenset[str], bool]]:
-        return {}
-
-    def _file(self, default: ResultDefault) -> tuple[frozenset[str], bool]:
-        """Top-level keys one file writes below, and whether its defaults list holds an interpolation."""
-        name = (str(default.config_path), str(default.package))
-        if name not in self._files:
-            loaded = self.loader.repository.load_config(str(default.config_path))  # type: ignore[attr-defined]
-            entries: list[InputDefault] = loaded.defaults_list or []
-            # An empty package is the global one; None leaves the choice to the file's header.
-            package = (loaded.header.get("package") if default.package is None else default.package) or ""
-            package = package.removeprefix("_global_").lstrip(".")
-            content = loaded.config if OmegaConf.is_dict(loaded.config) else {}
-            below = {package.split(".")[0]} if package else {str(key) for key in content}
-            # An `override` entry makes this file choose another group's option: it writes there too.
-            for entry in entries:
-                if isinstance(entry, GroupDefault) and entry.is_override():
-                    below |= _overridden(entry, name[0])
-            tangled = any(not entry.is_self() and entry.is_interpolation() for entry in entries)
-            self._files[name] = (frozenset(below) - {"defaults"}, tangled)
-        return self._files[name]
-
-
-def _overridden(entry: GroupDefault, config_path: str) -> set[str]:
-    """Top-level keys of the group that an `override` entry chooses for, seen from the file that holds it."""
-    group = str(entry.group)
-    folder = config_path.rpartition("/")[0]
-    absolute = group[1:] if group.startswith("/") else f"{folder}/{group}" if folder else group
-    return {_top_level(absolute)} | ({_top_level(entry.package)} if entry.package else set())
+    def _compose(self, chosen: dict[str, str]) -> Whole | str:
+        return self.hydra.compose(self._in_order(chosen))
 
 
 _ABSENT = object()
@@ -309,41 +302,3 @@ def parse(arguments: Sequence[str], loader: ConfigLoader) -> tuple[dict[str, str
     fixed = {key: values[0] for key, values in parsed.items() if key not in swept}
     axes = [Axis(key, values) for key, values in parsed.items() if key in swept]
     return fixed, axes, list(parsed)
-
-
-NO_SUCH_KNOB = "there is no such knob here"
-
-
-def explain(error: BaseException) -> str:
-    """Hydra's complaint in a form that says what to do, without the advice about stack traces."""
-    lines = [str(error).strip()]
-    cause = error.__cause__
-    while cause is not None:
-        if isinstance(cause, ConfigKeyError | ConfigAttributeError) and "not in struct" in str(cause):
-            return _no_such_knob(cause)
-        text = str(cause).strip()
-        if text and text not in lines[-1]:
-            lines.append(text)
-        cause = cause.__cause__
-    text = "\n".join(line for line in lines if line).split("\nConfig search path:")[0]
-    if "Could not find" in text and "\n\t" in text:
-        text, *options = (part.strip() for part in text.split("\n\t"))
-        text = f"{text.replace(chr(10), ' ').replace('  ', ' ')} {', '.join(options)}"
-    return text.strip()
-
-
-def _no_such_knob(error: ConfigKeyError | ConfigAttributeError) -> str:
-    """The full name of the missing knob, and the knobs that are there."""
-    name = str(error.full_key)
-    group = name.rpartition(".")[0]
-    parent = error.parent_node
-    keys = [str(key) for key in parent if key not in ("name", "hydra")] if isinstance(parent, DictConfig) else []
-    known = ", ".join(keys)
-    option = f"{group}={parent['name']}" if group and isinstance(parent, DictConfig) and "name" in parent else group
-    has = f"; {option or 'the config'} has: {known}" if known else ""
-    return f"{name}: {NO_SUCH_KNOB}{has}"
-
-
-def _top_level(key: str) -> str:
-    """The top-level key that an override's key, or a group's name, writes below."""
-    return key.lstrip("+~").split("@")[-1].split(":")[0].replace("/", ".").split(".")[0]

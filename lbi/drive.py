@@ -22,6 +22,7 @@ from lbi.collect import Row, rows, write_tables
 from lbi.compose import Composed, Composer, parse
 from lbi.config import LbiConfig
 from lbi.errors import InputError
+from lbi.hydra_compose import Hydra
 from lbi.plan import Plan, make_plan
 from lbi.store import Store
 from lbi.sweep_folder import write_plan
@@ -46,11 +47,11 @@ class Request:
 
     def composers(self) -> list[Composer]:
         """One composer per grid: `params` crossed with each of `grids`, or `params` alone."""
-        made = []
+        made, hydra = [], Hydra(self.loader, self.config_name)
         for grid in self.grids or ({},):
             preset = [f"{key}={value}" for key, value in {**self.params, **grid}.items()]
             fixed, axes, order = parse([*self.hydra_overrides, *preset, *self.arguments], self.loader)
-            made.append(Composer(self.loader, self.config_name, fixed, axes, order))
+            made.append(Composer(hydra, fixed, axes, order))
         return made
 
 
@@ -164,9 +165,9 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]]) -> list[Any]:
     hydra_overrides = tuple(str(item) for item in launcher.settings.hydra.overrides.hydra)
     config_name = str(launcher.settings.hydra.job.config_name)
     composed: list[Composed] = []
+    hydra = Hydra(launcher.context.config_loader, config_name)
     for job in job_overrides:
-        fixed, axes, order = parse([*hydra_overrides, *job], launcher.context.config_loader)
-        composed += Composer(launcher.context.config_loader, config_name, fixed, axes, order)
+        composed += Composer(hydra, *parse([*hydra_overrides, *job], hydra.loader))
     try:
         store = Store.open(str(composed[0].sections["store"]["path"]), write=True)
         plan = make_plan(composed, store, time.perf_counter())

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from lbi import environment, identity, rules
-from lbi.compose import NO_SUCH_KNOB, Composed
+from lbi.compose import Composed
 from lbi.config import AXES, IDENTITY, LbiConfig, SweepConfig
 from lbi.errors import InputError
+from lbi.hydra_compose import NO_SUCH_KNOB
 from lbi.model_files import ModelFacts, inspect
 from lbi.reuse import Reuse
 from lbi.store import Store

@@ -140,7 +140,9 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
     if config.compiler.backend == "eager":
         record.missing["compile_s"] = "nothing is compiled"
     else:
-        record.metrics["compile_s"] = max(0.0, record.first_call_s - median(timing.end - timing.start for timing in valid))
+        record.metrics["compile_s"] = max(
+            0.0, record.first_call_s - median(timing.end - timing.start for timing in valid)
+        )
     record.metrics["void_samples"] = float(len(voids))
     record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
     foreign = [row["foreign_cpu"] for row in record.samples if row["foreign_cpu"] is not None]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lbi.compose import Composed, Composer, parse
+from lbi.hydra_compose import Hydra
 from lbi.plan import Plan, make_plan
 from lbi.store import Store
 
@@ -46,8 +47,8 @@ def compose(loader: Any) -> Callable[..., list[Composed]]:
     """Compose the grid of some overrides."""
 
     def cells(*arguments: str) -> list[Composed]:
-        fixed, axes, order = parse(["hydra/sweeper=basic", "hydra/launcher=basic", *arguments], loader)
-        return list(Composer(loader, "config", fixed, axes, order))
+        overrides = ["hydra/sweeper=basic", "hydra/launcher=basic", *arguments]
+        return list(Composer(Hydra(loader, "config"), *parse(overrides, loader)))
 
     return cells
 
