@@ -168,6 +168,7 @@ def _fork(request: dict[str, str], channel: Any) -> int:
     try:
         os.setsid()
         os.environ["LBI_PARENT"] = str(server)
+        die_with_parent()
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(log, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -144,6 +145,13 @@ def fit_tokens(tokens: list[int], wanted: int | None) -> list[int]:
     return (tokens * (wanted // len(tokens) + 1))[:wanted]
 
 
+def main(path: str, dtype: str = "bfloat16") -> None:
+    """Convert a GGUF file now, so that the first run does not: `python -m lbi.models FILE [DTYPE]`."""
+    be_quiet()
+    model = ModelConfig(name="gguf", source="gguf", path=path, dtype=dtype)  # type: ignore[arg-type]
+    print(_converted(model, inspect(model)))
+
+
 def be_quiet() -> None:
     """Keep progress bars and advice of transformers out of the run's log."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -156,3 +164,7 @@ def be_quiet() -> None:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

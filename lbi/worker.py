@@ -113,18 +113,21 @@ class _Bench:
         request["reference_problem"] = self._reference_problem(task, references, attempt)
         write_json(attempt.folder / "config.json", {"schema": SCHEMA, **request})
         self.report(Event("start", task))
-        ended, how = self._child("lbi.run", attempt.folder, task, attempt)
+        ended = self._child("lbi.run", attempt.folder, task, attempt)
         status, reason = _verdict(attempt, ended, task.config)
-        write_json(attempt.folder / "process.json", {"schema": SCHEMA, "started": how, "ended": ended.describe()})
         self.store.publish(attempt, status, reason, time.perf_counter() - started)
         self.report(Event("end", task, "", self.store.result(task.run_id, task.env_id)))
 
-    def _child(self, module: str, folder: Path, task: Task, attempt: Attempt) -> tuple[Ended, str]:
+    def _child(self, module: str, folder: Path, task: Task, attempt: Attempt) -> Ended:
         started = self.starter.start(
             module, folder, attempt.folder / "log.txt", task.config, compile_cache(task.env_id)
         )
         child = Child(started.process, attempt.folder, task.config.resources, self.stop)
-        return child.wait(lambda phase: self.report(Event("phase", task, phase))), started.how
+        process = {"schema": SCHEMA, "pid": started.process.pid, "started": started.how}
+        write_json(folder / "process.json", process)
+        ended = child.wait(lambda phase: self.report(Event("phase", task, phase)))
+        write_json(folder / "process.json", {**process, "ended": ended.describe()})
+        return ended
 
     def _reference_problem(self, task: Task, references: dict[str, Path], attempt: Attempt) -> str | None:
         """Have the unquantized model's outputs computed if they are missing; why not, if that failed."""
@@ -140,7 +143,7 @@ class _Bench:
         folder.mkdir()
         request = {name: str(path) for name, path in references.items()}
         write_json(folder / "request.json", {"schema": SCHEMA, "config": plain(task.config), **request})
-        ended, _ = self._child("lbi.reference", folder, task, attempt)
+        ended = self._child("lbi.reference", folder, task, attempt)
         if all(path.exists() for path in wanted):
             return None
         last = _last_line(attempt.folder / "log.txt")

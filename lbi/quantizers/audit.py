@@ -21,9 +21,10 @@ from lbi.quantizers import FAMILIES, Observed, is_skipped, method
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One linear layer as found: its name, its weights' number, its storage."""
+    """One linear layer as found: its name, its inputs, its weights' number, its storage."""
 
     name: str
+    inputs: int
     params: int
     stored_bytes: int
     seen: Observed
@@ -53,7 +54,7 @@ def read_layers(model: torch.nn.Module, names: frozenset[str]) -> list[Layer]:
         if seen is None:
             raise NotApplied(f"{name} became a {type(module).__name__} with a weight the audit cannot read")
         params = int(module.in_features) * int(module.out_features)
-        layers.append(Layer(name, params, storage_bytes(seen.tensors), seen))
+        layers.append(Layer(name, int(module.in_features), params, storage_bytes(seen.tensors), seen))
     return layers
 
 
@@ -83,8 +84,9 @@ def _problem(layer: Layer, config: QuantizerConfig) -> str | None:
         fits = seen.bits <= config.bits if simulated else config.bits <= seen.bits < config.bits + 0.5
         if not fits:
             return f"hold {seen.bits:.3g} bits a weight instead of {config.bits}"
-    if "group_size" in method(config).knobs and seen.group_size != config.group_size:
-        return f"have groups of {seen.group_size} instead of {config.group_size}"
+    wanted, found = config.group_size or layer.inputs, seen.group_size or layer.inputs
+    if "group_size" in method(config).knobs and found != wanted:
+        return f"have groups of {found} instead of {wanted}"
     return None
 
 

@@ -1,0 +1,62 @@
+"""A stand-in for a measuring process: does what its folder's name of a script says, without torch.
+
+    python child.py FOLDER SCRIPT
+
+The worker sees what it would see of a real one: progress, a verdict, metrics, or a death.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def write(folder: Path, name: str, **content: object) -> None:
+    (folder / name).write_text(json.dumps({"schema": 1, **content}))
+
+
+def good(folder: Path) -> None:
+    write(folder, "metrics.json", metrics={"decode_tok_s": 10.0, "mean_kld": 0.0}, missing={})
+    write(folder, "verdict.json", status="ok", reason="")
+
+
+def main(folder: Path, script: str) -> None:
+    write(folder, "progress.json", phase="measure", since=time.time())
+    if script == "ok":
+        good(folder)
+    elif script == "slow":
+        time.sleep(1.0)
+        good(folder)
+    elif script == "hang":
+        time.sleep(600)
+    elif script == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    elif script == "oom":
+        write(folder, "verdict.json", status="oom", reason="no memory left")
+        sys.exit(1)
+    elif script == "exit":
+        os._exit(9)
+    elif script == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif script == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif script == "half":
+        (folder / "verdict.json").write_text('{"schema": 1, "stat')
+        sys.exit(1)
+    elif script == "family":
+        # Leaves a grandchild behind that would go on for ever.
+        if os.fork() == 0:
+            (folder / "grandchild").write_text(str(os.getpid()))
+            time.sleep(600)
+        while not (folder / "grandchild").exists():
+            time.sleep(0.01)
+        good(folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
