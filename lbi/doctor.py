@@ -105,4 +105,4 @@ def _options() -> Iterator[str]:
                 config = compose("config", [f"{group}={option}", *extra, "hydra/sweeper=basic", "hydra/launcher=basic"])
                 sections: Any = OmegaConf.to_container(config, resolve=True)
                 reason = sole_cell(sections)
-                yield f"{group}={option:<28}{'can run' if reason is None else reason}"
+                yield f"{f'{group}={option}':<38}{'can run' if reason is None else reason}"
