@@ -8,7 +8,7 @@ and puts them back afterwards, so that a quantized cell is compiled like the bas
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,8 @@ def inductor_options(config: CompilerConfig) -> dict[str, Any]:
     """
     from torch._inductor import list_mode_options, list_options
 
-    known = list_options()
-    for name in config.options:
+    known, own = list_options(), _flat(config.options)
+    for name in own:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3)
             hint = f"; close to: {', '.join(close)}" if close else ""
@@ -65,7 +65,15 @@ def inductor_options(config: CompilerConfig) -> dict[str, Any]:
         options |= list_mode_options(config.mode, config.dynamic)
     if config.coordinate_descent:
         options["coordinate_descent_tuning"] = True
-    return options | config.options
+    return options | own
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by inductor's dotted names: {cpp: {threads: 1}} as cpp.threads."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def compile_function(function: Callable[..., Any], config: CompilerConfig) -> Callable[..., Any]:

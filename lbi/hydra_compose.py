@@ -127,6 +127,8 @@ def _no_such_knob(error: ConfigKeyError | ConfigAttributeError) -> str:
     """The full name of the missing knob, and the knobs that are there."""
     name = str(error.full_key)
     group = name.rpartition(".")[0]
+    if group.startswith("compiler.options"):
+        return f"{name}: an inductor option is added with a plus sign: +{name}=VALUE"
     parent = error.parent_node
     keys = [str(key) for key in parent if key not in ("name", "hydra")] if isinstance(parent, DictConfig) else []
     known = ", ".join(keys)
