@@ -25,13 +25,21 @@ POLL_S = 0.1
 
 
 class Stop:
-    """Asks a worker to stop: politely once, at once the second time."""
+    """Asks a worker to stop: politely once, at once the second time.
+
+    `detached` says, where work goes on elsewhere, how to follow it.
+    """
 
     def __init__(self) -> None:
         self.requests = 0
+        self.detached = ""
 
     def request(self) -> None:
         self.requests += 1
+
+    def why(self) -> tuple[str, str]:
+        """Status and reason of a run that was stopped so."""
+        return "cancelled", "stopped on request"
 
     @property
     def wanted(self) -> bool:

@@ -16,7 +16,7 @@ from lbi.config import AXES
 from lbi.files import write_bytes, write_text
 from lbi.metrics import METRICS, WITH_ERROR, WITH_INTERVAL
 from lbi.store import Store
-from lbi.sweep_folder import read_plan
+from lbi.sweep_folder import environments, find_result, read_plan
 from lbi.verdicts import DUPLICATE, PRUNED
 
 Row = dict[str, Any]
@@ -50,10 +50,11 @@ def rows(store: Store, sweep: str) -> list[Row]:
     `status` is the result's status, or `pruned`, `duplicate`, `running`, `missing` (no result
     yet). Numbers that a cell does not have are None.
     """
-    return [_row(store, cell) for cell in read_plan(store, sweep)]
+    found = environments(store, sweep)
+    return [_row(store, cell, found) for cell in read_plan(store, sweep)]
 
 
-def _row(store: Store, cell: dict[str, Any]) -> Row:
+def _row(store: Store, cell: dict[str, Any], found: Sequence[str]) -> Row:
     row: Row = {
         "cell": cell["index"],
         "name": cell["name"],
@@ -73,11 +74,15 @@ def _row(store: Store, cell: dict[str, Any]) -> Row:
     }
     if cell["verdict"] in (PRUNED, DUPLICATE):
         return row | {"status": cell["verdict"].lower()}
-    result = store.result(cell["run_id"], cell["env_id"])
+    for env_id in dict.fromkeys((cell["env_id"], *found)):
+        running = store.running(cell["run_id"], env_id)
+        if running:
+            return row | {"status": "running", "reason": "", "folder": str(running), "env_id": env_id}
+    result = find_result(store, found, cell["run_id"], cell["env_id"])
     if result is None:
-        running = store.running(cell["run_id"], cell["env_id"])
-        return row | ({"status": "running", "reason": "", "folder": str(running)} if running else {})
+        return row
     row |= {
+        "env_id": result.env_id,
         "status": result.status,
         "reason": result.reason,
         "attempt": result.attempt,

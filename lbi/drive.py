@@ -11,21 +11,22 @@ import itertools
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.errors import HydraException
 
 from lbi import schedule
+from lbi.children import Stop
 from lbi.collect import Row, rows, write_tables
 from lbi.compose import Composed, Composer, parse
 from lbi.config import LbiConfig
-from lbi.errors import InputError
+from lbi.errors import ClusterError, InputError
 from lbi.hydra_compose import Hydra
 from lbi.plan import Plan, make_plan
 from lbi.store import Store
-from lbi.sweep_folder import write_plan
+from lbi.sweep_folder import environments, extend_plan, find_result, write_plan
 from lbi.verdicts import PRUNED, RUN
 
 OK, SOME_FAILED = 0, 1
@@ -69,31 +70,37 @@ def _drive(request: Request, launcher: Any) -> int:
     from lbi.report import terminal
 
     started = time.time()
-    store, plan = _plan(request)
+    store, plan = _plan(request, launcher)
     config = _any_config(plan)
     name = config.sweep.name or sweep_name(request, plan)
     runs = plan.having(RUN)
-    terminal.show_plan(plan, name, store, schedule.estimate(runs, store))
+    executor = launcher.executor(name, config.sweep)
+    units = schedule.make_units(runs, executor.pack)
+    terminal.show_plan(plan, name, store, schedule.estimate(runs, store), executor.forecast(units, store))
     if config.sweep.dry_run:
         return OK
     if all(cell.verdict == PRUNED for cell in plan.cells):
         raise InputError("overrides", " ".join(request.arguments), "no cell of the grid can run; the reasons are above")
-    if not hasattr(launcher, "executor"):
-        raise InputError(
-            "hydra/launcher", type(launcher).__name__, "cannot run lbi's plan", "Use hydra/launcher=lbi_local"
-        )
-    write_plan(store, name, plan, header(request, plan, started))
-    stopped = False
+    write_plan(store, name, plan, _header("python -m lbi -m " + shlex.join(request.arguments), plan, started))
+    stop = Stop()
     if runs:
-        units = schedule.make_units(runs)
-        schedule.save_units(units, store, name, started)
         with terminal.Live(len(runs), store, name) as live:
-            stopped = launcher.executor().execute(units, store, live.report, started).wanted
-    return finish(store, name, config, stopped)
+            try:
+                stop = executor.execute(units, store, live.report, started)
+            except ClusterError as error:
+                terminal.console().print(f"[red]{error}[/]")
+                return SOME_FAILED
+    if stop.detached:
+        print(stop.detached)
+        return SOME_FAILED if stop.wanted else OK
+    return finish(store, name, config, stop.wanted)
 
 
-def _plan(request: Request) -> tuple[Store, Plan]:
+def _plan(request: Request, launcher: Any) -> tuple[Store, Plan]:
     """The store and the plan. The store's path is the same for all cells, so the first cell names it."""
+    if not hasattr(launcher, "executor"):
+        known = "Use hydra/launcher=lbi_local or lbi_slurm"
+        raise InputError("hydra/launcher", type(launcher).__name__, "cannot run lbi's plan", known)
     started = time.perf_counter()
     cells = list(itertools.chain.from_iterable(request.composers()))
     first = next((cell for cell in cells if cell.error is None), None)
@@ -102,7 +109,7 @@ def _plan(request: Request) -> tuple[Store, Plan]:
     settings = first.sections["sweep"]
     read_only = bool(settings["dry_run"]) or settings["mode"] == "read_only"
     store = Store.open(str(first.sections["store"]["path"]), write=not read_only)
-    return store, make_plan(cells, store, started)
+    return store, make_plan(cells, store, started, launcher.sites(store))
 
 
 def finish(store: Store, name: str, config: LbiConfig, stopped: bool) -> int:
@@ -127,12 +134,12 @@ def write_reports(store: Store, name: str) -> list[Row]:
     return table
 
 
-def header(request: Request, plan: Plan, started: float) -> dict[str, Any]:
+def _header(command: str, plan: Plan, started: float) -> dict[str, Any]:
     """What the sweep's folder keeps about the request."""
     config = _any_config(plan)
     notes = {cell.config.model.name: cell.config.model.note for cell in plan.cells if cell.config}
     return {
-        "command": "python -m lbi -m " + shlex.join(request.arguments),
+        "command": command,
         "planned": started,
         "baseline": config.report.baseline,
         "max_kld": config.report.max_kld,
@@ -170,16 +177,25 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]]) -> list[Any]:
         composed += Composer(hydra, *parse([*hydra_overrides, *job], hydra.loader))
     try:
         store = Store.open(str(composed[0].sections["store"]["path"]), write=True)
-        plan = make_plan(composed, store, time.perf_counter())
+        plan = make_plan(composed, store, time.perf_counter(), launcher.sites(store))
     except InputError as error:
         raise HydraException(str(error)) from error
     runs = plan.having(RUN)
-    with terminal.Live(len(runs), store, "") as live:
-        launcher.executor().execute(schedule.make_units(runs), store, live.report, started)
+    config = _any_config(plan)
+    name = config.sweep.name or "search"
+    extend_plan(store, name, plan, _header("a search by another sweeper", plan, started))
+    if runs:
+        executor = launcher.executor(name, replace(config.sweep, wait=True))
+        with terminal.Live(len(runs), store, name) as live:
+            try:
+                executor.execute(schedule.make_units(runs, executor.pack), store, live.report, started)
+            except (InputError, ClusterError) as error:
+                raise HydraException(str(error)) from error
+    found = environments(store, name)
     returns = []
     for cell in plan.cells:
         done = JobReturn(overrides=list(cell.overrides), status=JobStatus.COMPLETED)
-        result = store.result(cell.run_id, cell.env_id) if cell.run_id else None
+        result = find_result(store, found, cell.run_id, cell.env_id) if cell.run_id else None
         measured = store.read(result, "metrics.json") if result and result.ok else None
         if measured:
             done.return_value = measured["metrics"]["tpot_s"]

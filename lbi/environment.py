@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -65,6 +66,12 @@ def key(device: str) -> dict[str, Any]:
 def identify(device: str) -> str:
     """The env_id of this machine for runs on `device`."""
     return digest("env", key(device))
+
+
+def hardware(description: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What `sweep.reuse=same_gpu` compares: the GPU's name, or the CPU and its cores."""
+    cards = [card["name"] for card in description.get("gpus") or []]
+    return (cards[0],) if cards else (description.get("cpu"), description.get("cores"))
 
 
 def packages() -> dict[str, str]:

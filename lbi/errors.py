@@ -50,3 +50,7 @@ class BadNumerics(RunFailure):
     """NaN, infinity, or a lossless option that changed the tokens."""
 
     status = "numerics"
+
+
+class ClusterError(Exception):
+    """The cluster did not do as asked; the message says what happened and what was submitted."""

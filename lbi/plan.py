@@ -17,13 +17,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-from lbi import environment, identity, rules
+from lbi import identity, rules
 from lbi.compose import Composed
 from lbi.config import AXES, IDENTITY, LbiConfig, SweepConfig
 from lbi.errors import InputError
 from lbi.hydra_compose import NO_SUCH_KNOB
 from lbi.model_files import ModelFacts, inspect
 from lbi.reuse import Reuse
+from lbi.sites import Cluster, Here, Site
 from lbi.store import Store
 from lbi.typed import build, plain
 from lbi.verdicts import DONE, DUPLICATE, PRUNED, RUN
@@ -68,13 +69,14 @@ class Plan:
         return [cell for cell in self.cells if cell.verdict == verdict]
 
 
-def make_plan(composed: Iterable[Composed], store: Store, started: float) -> Plan:
-    """Give every composed cell its verdict; `started` is when composing began, by time.perf_counter.
+def make_plan(composed: Iterable[Composed], store: Store, started: float, sites: Here | Cluster | None = None) -> Plan:
+    """Give every composed cell its verdict; `started` is when composing began, by time.perf_counter,
+    and `sites` where cells will run (this machine).
 
     Raises `InputError` where the request itself is wrong: a value of the wrong
     type, a model that is not there, an override that fits no cell at all.
     """
-    sections = _Sections()
+    sections = _Sections(sites or Here())
     cells, first_error = [], None
     for index, item in enumerate(composed):
         cell = _cell(index, item, sections)
@@ -91,24 +93,33 @@ def make_plan(composed: Iterable[Composed], store: Store, started: float) -> Pla
 class _Sections:
     """What is known of each section, by the identity of its (shared) content."""
 
-    def __init__(self) -> None:
+    def __init__(self, sites: Here | Cluster) -> None:
+        self.sites = sites
         self._typed: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self._placed: dict[tuple[int, str], tuple[Any, Any]] = {}
         self._canonical: dict[tuple[str, int], tuple[Any, str]] = {}
         self._facts: dict[int, tuple[Any, ModelFacts]] = {}
         self._hints = get_type_hints(LbiConfig)
-        self.has_gpu = bool(environment.gpus())
 
     def typed(self, group: str, content: Any) -> Any:
-        """The section as its dataclass, with `engine.device=auto` decided."""
+        """The section as its dataclass."""
         key = (group, id(content))
         if key not in self._typed:
             if not isinstance(content, Mapping):
                 raise InputError(group, content, "is a group of knobs, not a value")
-            made = build(self._hints[group], content, group)
-            if group == "engine" and made.device == "auto":
-                made = dataclasses.replace(made, device="cuda" if self.has_gpu else "cpu")
-            self._typed[key] = (content, made)
+            self._typed[key] = (content, build(self._hints[group], content, group))
         return self._typed[key][1]
+
+    def config(self, composed: Mapping[str, Any]) -> LbiConfig:
+        """The cell's config, with `engine.device=auto` decided by where it will run."""
+        made = {group: self.typed(group, content) for group, content in composed.items()}
+        engine = made["engine"]
+        if engine.device == "auto":
+            device = self.sites.device(made["resources"])
+            # Shared between cells as every section is: what is known of a section goes by its identity.
+            placed = self._placed.setdefault((id(engine), device), (engine, dataclasses.replace(engine, device=device)))
+            made["engine"] = placed[1]
+        return LbiConfig(**made)
 
     def canonical(self, group: str, section: Any) -> str:
         """The section's part of the run_id."""
@@ -138,39 +149,35 @@ def _cell(index: int, composed: Composed, sections: _Sections) -> Cell:
         raise InputError(
             sorted(unknown)[0], None, "is not a config group of lbi", f"Groups: {', '.join(sections._hints)}"
         )
-    made = {group: sections.typed(group, content) for group, content in composed.sections.items()}
-    choices = {group: made[group].name for group in AXES}
-    return Cell(index, composed.overrides, choices, LbiConfig(**made))
+    config = sections.config(composed.sections)
+    choices = {group: getattr(config, group).name for group in AXES}
+    return Cell(index, composed.overrides, choices, config)
 
 
 def _judge(cells: list[Cell], sections: _Sections, store: Store) -> None:
-    machines: dict[str, rules.Machine] = {}
-    environments: dict[str, str] = {}
     seen: dict[str, Cell] = {}
     reuse = Reuse(store)
     for cell in cells:
         config = cell.config
         if config is None:
             continue
-        device = config.engine.device
-        if device not in machines:
-            machines[device], environments[device] = rules.Machine.here(device), environment.identify(device)
+        site = sections.sites.site(config)
         cell.run_id = identity.run_id({group: sections.canonical(group, getattr(config, group)) for group in IDENTITY})
-        cell.env_id = environments[device]
-        refused = rules.refuse(config, sections.facts(config.model), machines[device]) if config.sweep.prune else None
+        cell.env_id = site.env_ids[0]
+        refused = rules.refuse(config, sections.facts(config.model), site.machine) if config.sweep.prune else None
         if refused:
             cell.verdict, cell.rule, cell.reason = PRUNED, refused[0].name, refused[1]
         elif cell.run_id in seen:
             cell.verdict, cell.reason = DUPLICATE, f"the same setting as cell {seen[cell.run_id].index}"
         else:
             seen[cell.run_id] = cell
-            cell.verdict, cell.reason = _verdict(cell, config.sweep, reuse)
+            cell.verdict, cell.reason = _verdict(cell, config.sweep, reuse, site)
 
 
-def _verdict(cell: Cell, sweep: SweepConfig, reuse: Reuse) -> tuple[str, str]:
+def _verdict(cell: Cell, sweep: SweepConfig, reuse: Reuse, site: Site) -> tuple[str, str]:
     if sweep.mode == "force":
         return RUN, "forced"
-    found = reuse.find(cell.run_id, cell.env_id, sweep.reuse)
+    found = reuse.find(cell.run_id, site, sweep.reuse)
     if found is None:
         if sweep.mode == "read_only":
             return PRUNED, "no result in the store, and sweep.mode=read_only measures nothing"
@@ -227,11 +234,11 @@ def _split(override: str) -> tuple[str, str]:
 
 def sole_cell(sections: Mapping[str, Any]) -> str | None:
     """Why a single composed config cannot run on this machine; None if it can."""
-    known = _Sections()
-    config = LbiConfig(**{group: known.typed(group, content) for group, content in sections.items()})
+    known = _Sections(Here())
+    config = known.config(sections)
     try:
         facts = inspect(config.model)
     except InputError as error:
         return str(error)
-    refused = rules.refuse(config, facts, rules.Machine.here(config.engine.device))
+    refused = rules.refuse(config, facts, known.sites.site(config).machine)
     return refused[1] if refused else None

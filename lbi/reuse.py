@@ -6,10 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lbi import environment
-from lbi.store import Result, Store
-
-UNFINISHED = frozenset({"preempted", "lost", "cancelled"})
-"""Statuses that say nothing about the setting: the run is simply missing."""
+from lbi.sites import Site
+from lbi.store import UNFINISHED, Result, Store
 
 
 class Reuse:
@@ -19,22 +17,22 @@ class Reuse:
         self.store = store
         self.known = store.known_runs()
 
-    def find(self, run_id: str, env_id: str, level: str) -> Result | None:
-        """The result to reuse under `sweep.reuse=level`, or None.
+    def find(self, run_id: str, site: Site, level: str) -> Result | None:
+        """The result to reuse under `sweep.reuse=level` for a cell that would run at `site`, or None.
 
         Results that merely ended (`UNFINISHED`) do not count.
         """
         if run_id not in self.known:
             return None
         if level in ("exact", "same_versions"):
-            result = self.store.result(run_id, env_id)
-            candidates = [result] if result else []
+            found = [self.store.result(run_id, env_id) for env_id in site.env_ids]
+            candidates = [result for result in found if result]
         else:
             candidates = list(self.store.results(run_id))
-        accept = self._acceptable(level)
+        accept = self._acceptable(level, site)
         usable = [result for result in candidates if result.status not in UNFINISHED and accept(result)]
         # This machine's own result comes first, then a good one, then the newest.
-        return max(usable, key=lambda result: (result.env_id == env_id, result.ok, result.finished), default=None)
+        return max(usable, key=lambda result: (result.env_id in site.env_ids, result.ok, result.finished), default=None)
 
     def deserves_another(self, result: Result) -> bool:
         """A crash may have been the machine's fault, so it is tried twice; nothing else is."""
@@ -43,19 +41,13 @@ class Reuse:
         outcomes = self.store.attempts(result.run_id, result.env_id)
         return len([outcome for outcome in outcomes if outcome["status"] == "crash"]) < 2
 
-    def _acceptable(self, level: str) -> Callable[[Result], bool]:
+    def _acceptable(self, level: str, site: Site) -> Callable[[Result], bool]:
         if level == "exact":
             state = environment.git_state()
             return lambda result: bool(self._recorded(result).get("git") == state)
         if level == "same_gpu":
-            here = _hardware(environment.describe())
-            return lambda result: _hardware(self._recorded(result)) == here
+            return lambda result: environment.hardware(self._recorded(result)) in site.hardware
         return lambda result: True
 
     def _recorded(self, result: Result) -> dict[str, Any]:
         return self.store.read(result, "env.json") or {}
-
-
-def _hardware(description: dict[str, Any]) -> tuple[Any, ...]:
-    cards = [card["name"] for card in description.get("gpus") or []]
-    return (cards[0],) if cards else (description.get("cpu"), description.get("cores"))

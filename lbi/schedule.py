@@ -6,15 +6,18 @@ the baseline first, so that every later row can be compared while the sweep runs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
+from lbi import environment
 from lbi.config import LbiConfig
 from lbi.files import write_json
 from lbi.plan import Cell
 from lbi.store import SCHEMA, Store
-from lbi.sweep_folder import read_plan
+from lbi.sweep_folder import environments, find_result, read_plan
 from lbi.typed import plain
 from lbi.verdicts import PRUNED
 from lbi.worker import Task
@@ -40,19 +43,49 @@ class Estimate:
     guessed: int
 
 
-def make_units(cells: Sequence[Cell]) -> list[Unit]:
-    """Units of the cells that are to run, one for each model and resource class."""
+def make_units(cells: Sequence[Cell], pack: bool = False) -> list[Unit]:
+    """Units of the cells that are to run, one for each model and resource class.
+
+    With `pack` a unit has at most `resources.runs_per_job` runs, for jobs that work side by side.
+    """
+    tasks = [
+        Task(cell.index, cell.name, cell.run_id, cell.env_id, cell.config)
+        for cell in sorted(cells, key=lambda cell: (_plainness(cell.config), cell.index))
+        if cell.config is not None
+    ]
+    groups = make_packs(tasks) if pack else _groups(tasks)
+    return [Unit(f"unit-{index}", tuple(group)) for index, group in enumerate(groups)]
+
+
+def make_packs(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Tasks in the units of jobs: one model and resource class each, no more than `resources.runs_per_job`."""
+    return [pack for group in _groups(tasks) for pack in _packs(group)]
+
+
+def _groups(tasks: Sequence[Task]) -> list[list[Task]]:
     groups: dict[str, list[Task]] = {}
-    for cell in sorted(cells, key=lambda cell: (_plainness(cell.config), cell.index)):
-        if cell.config is None:
-            continue
-        key = repr((cell.config.model, cell.config.resources))
-        groups.setdefault(key, []).append(Task(cell.index, cell.name, cell.run_id, cell.env_id, cell.config))
-    return [Unit(f"unit-{index}", tuple(tasks)) for index, tasks in enumerate(groups.values())]
+    for task in tasks:
+        key = repr((task.config.model, task.config.engine.device, task.config.resources))
+        groups.setdefault(key, []).append(task)
+    return list(groups.values())
 
 
-def save_units(units: Sequence[Unit], store: Store, sweep: str, since: float) -> None:
-    """Write each unit where any worker can take it from: sweeps/<name>/units/<unit>.json."""
+def _packs(tasks: list[Task]) -> list[list[Task]]:
+    """Tasks dealt out like cards, so that every pack begins with plain settings and ends with compiled ones."""
+    count = math.ceil(len(tasks) / tasks[0].config.resources.runs_per_job)
+    return [tasks[start::count] for start in range(count)]
+
+
+def save_units(units: Sequence[Unit], store: Store, sweep: str, since: float, folder: Path | None = None) -> None:
+    """Write each unit where any worker can take it from: <folder>/<unit>.json, in the sweep's folder by default."""
+    shared = {
+        "schema": SCHEMA,
+        "store": str(store.root),
+        "since": since,
+        "sweep": sweep,
+        "packages": environment.packages(),
+        "git": environment.git_state(),
+    }
     for unit in units:
         tasks = [
             {
@@ -64,26 +97,33 @@ def save_units(units: Sequence[Unit], store: Store, sweep: str, since: float) ->
             }
             for task in unit.tasks
         ]
-        content = {"schema": SCHEMA, "store": str(store.root), "since": since, "tasks": tasks}
-        write_json(store.sweep_folder(sweep) / "units" / f"{unit.name}.json", content)
+        target = folder or store.sweep_folder(sweep) / "units"
+        write_json(target / f"{unit.name}.json", {**shared, "tasks": tasks})
+
+
+class Durations:
+    """How long runs should take, by what like runs took before.
+
+    A like run has the same model, quantizer, compiler and workload; where the store has none,
+    `PRIOR_S` is the guess.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._history = _history(store)
+
+    def seconds(self, config: LbiConfig) -> tuple[float, bool]:
+        """Seconds for one run, and whether that is a guess."""
+        known = self._history.get(_kind(config))
+        if known:
+            return median(known), False
+        return PRIOR_S[config.engine.device, config.compiler.backend], True
 
 
 def estimate(cells: Sequence[Cell], store: Store) -> Estimate:
-    """How long the runs should take, by what like runs took before.
-
-    A like run has the same model, quantizer and compiler; where the store has none,
-    `PRIOR_S` is the guess.
-    """
-    history = _history(store)
-    seconds, guessed = 0.0, 0
-    for cell in cells:
-        if cell.config is None:
-            continue
-        known = history.get(_kind(cell.config))
-        guessed += known is None
-        prior = PRIOR_S[cell.config.engine.device, cell.config.compiler.backend]
-        seconds += median(known) if known else prior
-    return Estimate(seconds, len(cells), guessed)
+    """How long the runs should take, one after another."""
+    durations = Durations(store)
+    found = [durations.seconds(cell.config) for cell in cells if cell.config is not None]
+    return Estimate(sum(seconds for seconds, _ in found), len(cells), sum(guess for _, guess in found))
 
 
 def _plainness(config: LbiConfig | None) -> tuple[bool, bool, bool]:
@@ -105,10 +145,11 @@ def _history(store: Store) -> dict[tuple[str, ...], list[float]]:
     """Seconds of earlier good runs by kind, from the plans and results of every sweep in the store."""
     history: dict[tuple[str, ...], list[float]] = {}
     for sweep in store.sweeps():
+        found = environments(store, sweep)
         for row in read_plan(store, sweep):
             if row["verdict"] == PRUNED or not row["choices"]:
                 continue
-            result = store.result(row["run_id"], row["env_id"])
+            result = find_result(store, found, row["run_id"], row["env_id"])
             if result is not None and result.ok:
                 kind = tuple(row["choices"][group] for group in ("model", "quantizer", "compiler", "workload"))
                 history.setdefault(kind, []).append(result.seconds)

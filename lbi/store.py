@@ -43,6 +43,9 @@ STATUSES = (
     "cancelled",
 )
 
+UNFINISHED = frozenset({"preempted", "lost", "cancelled"})
+"""Statuses that say nothing about the setting: the run is simply missing."""
+
 HEARTBEAT_S = 5.0
 """A live attempt touches its heartbeat this often."""
 
@@ -62,6 +65,7 @@ class Result:
     finished: float
     seconds: float
     folder: Path
+    host: str = ""
 
     @property
     def ok(self) -> bool:
@@ -196,7 +200,7 @@ class Store:
                 attempt.folder.mkdir()
             except FileExistsError:
                 continue
-            write_json(attempt.folder / "claim.json", {"schema": SCHEMA, **_own_identity()})
+            write_json(attempt.folder / "claim.json", own_claim())
             write_json(attempt.folder / "config.json", {"schema": SCHEMA, **request})
             return attempt
 
@@ -213,7 +217,7 @@ class Store:
             "status": status,
             "reason": reason,
             "attempt": attempt.number,
-            "host": socket.gethostname(),
+            "host": node_name(),
             "finished": time.time(),
             "seconds": seconds,
         }
@@ -243,6 +247,24 @@ class Store:
         attempt = folder / f"attempt-{latest}"
         return attempt if latest and live_owner(attempt) else None
 
+    def abandoned(self, run_id: str, job: str) -> Attempt | None:
+        """The attempt at a run that this job began and did not end, in whatever environment."""
+        try:
+            environments = [entry.name for entry in os.scandir(self.root / "runs" / run_id) if entry.is_dir()]
+        except OSError:
+            return None
+        for env_id in environments:
+            folder = self.run_folder(run_id, env_id)
+            number = max(attempt_numbers(folder), default=0)
+            attempt = folder / f"attempt-{number}"
+            try:
+                claim = read_json(attempt / "claim.json", SCHEMA)
+            except BadFile:
+                continue
+            if claim and claim.get("job") == job and not (attempt / "outcome.json").exists():
+                return Attempt(run_id, env_id, number, attempt)
+        return None
+
     def sweep_folder(self, name: str) -> Path:
         return self.root / "sweeps" / name
 
@@ -262,6 +284,25 @@ def attempt_numbers(folder: Path) -> list[int]:
     except OSError:
         return []
     return [int(match[1]) for match in (re.fullmatch(r"attempt-(\d+)", name) for name in names) if match]
+
+
+def may_live(attempt: Path) -> bool:
+    """Whether the processes of an attempt may live on although their job is over.
+
+    Certain on this host; elsewhere, whether its heart has beaten within the last three beats.
+    """
+    try:
+        claim = read_json(attempt / "claim.json", SCHEMA)
+    except BadFile:
+        claim = None
+    if claim and claim["host"] == socket.gethostname() and claim["boot"] == _boot_id():
+        return bool(_start_ticks(claim["pid"]) == claim["start_ticks"])
+    return min(_age_s(attempt / "claim.json"), _age_s(attempt / "heartbeat")) < 3 * HEARTBEAT_S
+
+
+def own_claim() -> dict[str, Any]:
+    """What a claim says of the process that makes it."""
+    return {"schema": SCHEMA, **_own_identity()}
 
 
 def live_owner(attempt: Path) -> str | None:
@@ -294,6 +335,7 @@ def _parse_status(folder: Path, run_id: str, env_id: str, status: Mapping[str, A
             finished=float(status["finished"]),
             seconds=float(status["seconds"]),
             folder=folder / f"attempt-{int(status['attempt'])}",
+            host=str(status.get("host", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BadFile(folder / "status.json", f"is not a status of this run ({error})") from error
@@ -305,8 +347,21 @@ def _own_identity() -> dict[str, Any]:
         "boot": _boot_id(),
         "pid": os.getpid(),
         "start_ticks": _start_ticks(os.getpid()),
+        "node": node_name(),
+        "job": job_name(),
         "claimed": time.time(),
     }
+
+
+def node_name() -> str:
+    """This node as its scheduler calls it, else the host's name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def job_name() -> str | None:
+    """The SLURM job this process is part of ("12" or "12_3"), or None."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def _boot_id() -> str | None:

@@ -6,12 +6,14 @@ the folder can be made again from it and the runs.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbi.errors import InputError
 from lbi.files import BadFile, read_json_lines, write_json_lines
-from lbi.store import SCHEMA, Store
+from lbi.store import SCHEMA, Result, Store
 
 if TYPE_CHECKING:
     from lbi.plan import Plan
@@ -24,6 +26,37 @@ def write_plan(store: Store, name: str, plan: Plan, header: dict[str, Any]) -> P
     file = store.sweep_folder(name) / "plan.jsonl"
     write_json_lines(file, rows)
     return file
+
+
+def extend_plan(store: Store, name: str, plan: Plan, header: dict[str, Any]) -> None:
+    """Add a plan's cells to those a sweep has; for searches, which plan a few cells at a time."""
+    known = read_plan(store, name) if (store.sweep_folder(name) / "plan.jsonl").exists() else []
+    new = [cell.row() for cell in plan.cells]
+    replaced = {row["run_id"] for row in new}
+    kept = [row for row in known if row["run_id"] not in replaced]
+    rows = [{**row, "index": index} for index, row in enumerate([*kept, *new])]
+    write_json_lines(store.sweep_folder(name) / "plan.jsonl", [{"schema": SCHEMA, "sweep": name, **header}, *rows])
+
+
+def note_environment(store: Store, sweep: str, env_id: str) -> None:
+    """Note an environment that a worker of this sweep found, and the plan could not know."""
+    folder = store.sweep_folder(sweep) / "environments"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / env_id).touch()
+
+
+def environments(store: Store, sweep: str) -> list[str]:
+    """Environments that workers of this sweep found, and the plan could not know."""
+    try:
+        return sorted(entry.name for entry in os.scandir(store.sweep_folder(sweep) / "environments"))
+    except OSError:
+        return []
+
+
+def find_result(store: Store, found: Sequence[str], run_id: str, env_id: str) -> Result | None:
+    """The newest result of a run, planned for `env_id`, in that environment or one that workers `found`."""
+    results = [store.result(run_id, name) for name in dict.fromkeys((env_id, *found))]
+    return max((result for result in results if result), key=lambda result: result.finished, default=None)
 
 
 def change_header(store: Store, name: str, **changes: Any) -> None:

@@ -23,7 +23,7 @@ from lbi.config import LbiConfig
 from lbi.errors import InputError
 from lbi.files import BadFile, read_json, write_json
 from lbi.places import compile_cache
-from lbi.store import SCHEMA, AlreadyRunning, Attempt, Result, Store
+from lbi.store import SCHEMA, UNFINISHED, AlreadyRunning, Attempt, Result, Store
 from lbi.typed import plain
 
 
@@ -40,7 +40,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A change worth showing: `kind` is reference, start, phase, wait or end."""
+    """A change worth showing: `kind` is reference, start, phase, wait or end; note is about no task in particular."""
 
     kind: str
     task: Task
@@ -51,15 +51,22 @@ class Event:
 Report = Callable[[Event], None]
 
 
-def run_unit(tasks: Sequence[Task], store: Store, report: Report, stop: Stop, since: float) -> None:
+def run_unit(
+    tasks: Sequence[Task],
+    store: Store,
+    report: Report,
+    stop: Stop,
+    since: float,
+    description: dict[str, Any] | None = None,
+) -> None:
     """Measure the tasks in turn until done or stopped.
 
     A run that another live process is measuring is left to it and awaited at the end, so that
     no run is measured twice; results published after `since` (seconds since the epoch, when
-    the plan was made) count as done.
+    the plan was made) count as done. `description` is `environment.describe()`, if it is known.
     """
     with Starter() as starter:
-        bench = _Bench(store, report, stop, since, starter, environment.describe())
+        bench = _Bench(store, report, stop, since, starter, description or environment.describe())
         waiting = list(tasks)
         while waiting and not stop.wanted:
             busy = []
@@ -104,7 +111,7 @@ class _Bench:
         }
         attempt = self.store.claim(task.run_id, task.env_id, request)
         published = self.store.result(task.run_id, task.env_id)
-        if published is not None and published.finished > self.since:
+        if published is not None and published.finished > self.since and published.status not in UNFINISHED:
             self.store.release(attempt)
             self.report(Event("end", task, "measured by another process", published))
             return
@@ -114,7 +121,7 @@ class _Bench:
         write_json(attempt.folder / "config.json", {"schema": SCHEMA, **request})
         self.report(Event("start", task))
         ended = self._child("lbi.run", attempt.folder, task, attempt)
-        status, reason = _verdict(attempt, ended, task.config)
+        status, reason = _verdict(attempt, ended, task.config, self.stop)
         self.store.publish(attempt, status, reason, time.perf_counter() - started)
         self.report(Event("end", task, "", self.store.result(task.run_id, task.env_id)))
 
@@ -157,7 +164,7 @@ def _device_name(config: LbiConfig, description: dict[str, Any]) -> str:
     return str(description["cpu"])
 
 
-def _verdict(attempt: Attempt, ended: Ended, config: LbiConfig) -> tuple[str, str]:
+def _verdict(attempt: Attempt, ended: Ended, config: LbiConfig, stop: Stop) -> tuple[str, str]:
     """Status and reason: the child's own word if it lived to give it, else what its death says."""
     try:
         said = read_json(attempt.folder / "verdict.json", SCHEMA)
@@ -166,7 +173,7 @@ def _verdict(attempt: Attempt, ended: Ended, config: LbiConfig) -> tuple[str, st
     if said is not None:
         return said["status"], said["reason"]
     if ended.stopped:
-        return "cancelled", "stopped on request"
+        return stop.why()
     if ended.timed_out:
         return "timeout", f"took more than resources.run_timeout_s={config.resources.run_timeout_s:g} s"
     phase = phase_of(attempt.folder) or "start"
@@ -183,8 +190,20 @@ def _last_line(log: Path) -> str:
     return lines[-1].strip() if lines else "empty log"
 
 
-def load_unit(file: Path) -> tuple[list[Task], Path, float]:
-    """Tasks, store folder and plan time from a unit file. Raises `InputError` for a file that is none."""
+@dataclass(frozen=True, slots=True)
+class UnitFile:
+    """A unit as a job finds it: its tasks, the store, when it was planned, and what it was planned for."""
+
+    tasks: list[Task]
+    store: Path
+    since: float
+    sweep: str
+    packages: dict[str, str]
+    git: dict[str, Any] | None
+
+
+def load_unit(file: Path) -> UnitFile:
+    """Read a unit file. Raises `InputError` for a file that is none."""
     from lbi.typed import build
 
     try:
@@ -197,14 +216,20 @@ def load_unit(file: Path) -> tuple[list[Task], Path, float]:
         Task(row["cell"], row["name"], row["run_id"], row["env_id"], build(LbiConfig, row["config"]))
         for row in unit["tasks"]
     ]
-    return tasks, Path(unit["store"]), float(unit["since"])
+    return UnitFile(tasks, Path(unit["store"]), float(unit["since"]), unit["sweep"], unit["packages"], unit["git"])
+
+
+def log_line(event: Event) -> None:
+    """A line of output per change."""
+    ending = f"{event.result.status} {event.result.reason}" if event.result else event.text
+    print(f"cell {event.task.cell} {event.task.name}: {event.kind} {ending}".rstrip(), flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Execute the unit in a file, a line of output per change."""
     try:
-        tasks, root, since = load_unit(Path(arguments[0]))
-        store = Store.open(root, write=True)
+        unit = load_unit(Path(arguments[0]))
+        store = Store.open(unit.store, write=True)
     except InputError as error:
         print(f"lbi.worker: {error}", file=sys.stderr)
         return 2
@@ -212,11 +237,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.request())
     signal.signal(signal.SIGINT, lambda *_: stop.request())
 
-    def report(event: Event) -> None:
-        ending = f"{event.result.status} {event.result.reason}" if event.result else event.text
-        print(f"cell {event.task.cell} {event.task.name}: {event.kind} {ending}".rstrip(), flush=True)
-
-    run_unit(tasks, store, report, stop, since)
+    run_unit(unit.tasks, store, log_line, stop, unit.since)
     return 0
 
 

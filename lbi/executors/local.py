@@ -16,6 +16,12 @@ from lbi.worker import Report, run_unit
 class LocalExecutor:
     """One slot: this process is the worker."""
 
+    pack = False
+
+    def forecast(self, units: Sequence[Unit], store: Store) -> str:
+        """Nothing beyond the estimate of the runs themselves."""
+        return ""
+
     def execute(self, units: Sequence[Unit], store: Store, report: Report, since: float) -> Stop:
         """Run all units. Ctrl-C stops after ending the current run cleanly, a second one at once.
 

@@ -37,8 +37,8 @@ def console() -> Console:
     return made if made.is_terminal else Console(highlight=False, width=200)
 
 
-def show_plan(plan: Plan, name: str, store: Store, estimate: Estimate) -> None:
-    """Every cell with its verdict, and what the runs will take."""
+def show_plan(plan: Plan, name: str, store: Store, estimate: Estimate, forecast: str = "") -> None:
+    """Every cell with its verdict, and what the runs will take; `forecast` is the executor's own word on that."""
     out = console()
     grid = Grid(box=None, pad_edge=False, header_style="bold")
     for column in ("cell", "setting", "verdict", "why"):
@@ -55,7 +55,9 @@ def show_plan(plan: Plan, name: str, store: Store, estimate: Estimate) -> None:
     out.print(f"Sweep [bold]{escape(name)}[/]: {len(plan.cells)} cells, {listed} (planned in {plan.seconds:.2f} s)")
     for problem in plan.problems:
         out.print(f"[yellow]Ignored in the store:[/] {escape(problem)}")
-    if counts[RUN]:
+    if counts[RUN] and forecast:
+        out.print(escape(forecast))
+    elif counts[RUN]:
         out.print(f"About {_duration(estimate.seconds)} for {estimate.runs} runs{_certainty(estimate)}.")
 
 
@@ -116,6 +118,11 @@ class Live:
     def report(self, event: Event) -> None:
         """Take in a worker's event."""
         name = event.task.name
+        if event.kind == "note":
+            self.progress.update(self.bar, description=escape(event.text))
+            if not self.out.is_terminal:
+                self.out.print(f"[{self.done}/{self.total}] {escape(event.text)}")
+            return
         if event.kind == "end" and event.result is not None:
             self.done += 1
             self.progress.update(self.bar, advance=1)

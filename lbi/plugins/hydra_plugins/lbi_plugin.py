@@ -31,6 +31,13 @@ class LocalConf:
     _target_: str = "hydra_plugins.lbi_plugin.LocalLauncher"
 
 
+@dataclass
+class SlurmConf:
+    """hydra/launcher=lbi_slurm: jobs on a SLURM cluster, through submitit."""
+
+    _target_: str = "hydra_plugins.lbi_plugin.SlurmLauncher"
+
+
 class PlanSweeper(Sweeper):
     """Plans the whole grid, shows the plan, and has the launcher's executor run what is missing."""
 
@@ -66,10 +73,15 @@ class LocalLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.settings, self.context = config, hydra_context
 
-    def executor(self) -> Any:
+    def executor(self, sweep: str, settings: Any) -> Any:
         from lbi.executors.local import LocalExecutor
 
         return LocalExecutor()
+
+    def sites(self, store: Any) -> Any:
+        from lbi.sites import Here
+
+        return Here()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from lbi.drive import launch
@@ -77,5 +89,20 @@ class LocalLauncher(Launcher):
         return launch(self, job_overrides)
 
 
+class SlurmLauncher(LocalLauncher):
+    """The same on a SLURM cluster."""
+
+    def executor(self, sweep: str, settings: Any) -> Any:
+        from lbi.executors.slurm import SlurmExecutor
+
+        return SlurmExecutor(sweep, settings)
+
+    def sites(self, store: Any) -> Any:
+        from lbi.sites import Cluster
+
+        return Cluster(store)
+
+
 ConfigStore.instance().store(group="hydra/sweeper", name="lbi", node=SweeperConf, provider="lbi")
 ConfigStore.instance().store(group="hydra/launcher", name="lbi_local", node=LocalConf, provider="lbi")
+ConfigStore.instance().store(group="hydra/launcher", name="lbi_slurm", node=SlurmConf, provider="lbi")

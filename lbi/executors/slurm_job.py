@@ -1,0 +1,160 @@
+"""What a SLURM job does: checks its environment, executes its unit, and has itself started again.
+
+SLURM speaks to a job through signals. SIGUSR2 comes ahead of the time limit and of a
+preemption: the run in progress is stopped and published as `preempted`, and the job asks
+to be requeued. SIGTERM comes with seconds to live. Finished runs are in the store, so a
+job that starts again goes on where it was. What a job did not live to publish is settled
+by whoever follows the sweep (reconcile.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lbi import environment, sites
+from lbi.children import Stop
+from lbi.executors import scheduler
+from lbi.identity import digest
+from lbi.store import AlreadyRunning, Store, job_name, node_name
+from lbi.sweep_folder import note_environment
+from lbi.worker import Event, Task, UnitFile, load_unit, log_line, run_unit
+
+TERM_GRACE_S = 1.0
+"""After SIGTERM the rest of the job's life may be a few seconds: a child gets this long."""
+
+
+class JobStop(Stop):
+    """Asked by SLURM's signals. `told` is SIGUSR2: the job may ask to be started again."""
+
+    def __init__(self, cancelled: Path) -> None:
+        super().__init__()
+        self.told = False
+        self.near_limit = False
+        self.alone = True
+        self.cancelled = cancelled
+        self._cause: tuple[str, str] | None = None
+
+    def on_usr2(self, number: int, frame: object) -> None:
+        """Ahead of the time limit, or of a preemption."""
+        self.told = True
+        self.request()
+
+    def on_term(self, number: int, frame: object) -> None:
+        """A cancelled job, or the end of a preempted one: seconds are left."""
+        self.request()
+        threading.Timer(TERM_GRACE_S, self.request).start()
+
+    def why(self) -> tuple[str, str]:
+        if self._cause is None:
+            self._cause = self._find_cause()
+        return self._cause
+
+    def _find_cause(self) -> tuple[str, str]:
+        job = os.environ.get("SLURM_JOB_ID", "")
+        left = scheduler.seconds_left(job)
+        signal_s = float(os.environ.get("LBI_SIGNAL_S", "90"))
+        self.near_limit = self.told and left is not None and left <= 2 * signal_s
+        if self.near_limit and self.alone:
+            reason = "it alone took the job's whole time limit; raise resources.time_min"
+            return "timeout", reason
+        if self.near_limit:
+            return "preempted", f"the time limit of job {job_name()} was near"
+        state = "" if self.told else scheduler.state_here(job)
+        if state == "CANCELLED":
+            return "cancelled", f"job {job_name()} was cancelled"
+        return "preempted", f"job {job_name()} was preempted on {node_name()}"
+
+
+def run(unit_file: str) -> int:
+    """Execute the unit in a file. Called by submitit inside the job; the number of runs that ended."""
+    unit = load_unit(Path(unit_file))
+    store = Store.open(unit.store, write=True)
+    stop = JobStop(Path(unit_file))
+    # submitit's own handlers pickle the job and ignore SIGTERM; the store makes both needless.
+    signal.signal(signal.SIGUSR2, stop.on_usr2)
+    signal.signal(signal.SIGTERM, stop.on_term)
+    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    print(f"job {job_name()} on {node_name()}, start {restart + 1}: {len(unit.tasks)} runs", flush=True)
+    description = environment.describe() | {"host": node_name()}
+    changed = _changed(unit, description)
+    if changed:
+        _publish_all(unit.tasks, store, "lost", changed)
+        return 0
+    tasks = _placed(unit, store)
+    ended = 0
+
+    def report(event: Event) -> None:
+        nonlocal ended
+        if event.kind == "end" and not stop.wanted:
+            ended += 1
+            stop.alone = False
+        log_line(event)
+
+    # A snapshot of the code is no checkout: what was submitted says which commit it is.
+    run_unit(tasks, store, report, stop, unit.since, description | {"git": unit.git})
+    if stop.wanted and stop.why()[0] != "cancelled":
+        _start_again(unit, restart)
+    return ended
+
+
+def _changed(unit: UnitFile, description: dict[str, Any]) -> str:
+    """How the packages differ from those that the sweep was planned for; empty if they do not."""
+    if any(task.config.resources.container for task in unit.tasks):
+        return ""
+    here: dict[str, str] = description["packages"]
+    names = sorted(set(here) | set(unit.packages))
+    differing = [
+        f"{name} {unit.packages.get(name, 'absent')} -> {here.get(name, 'absent')}"
+        for name in names
+        if here.get(name) != unit.packages.get(name)
+    ]
+    if not differing:
+        return ""
+    return f"the packages on {node_name()} are not those of the plan ({', '.join(differing)}); plan again"
+
+
+def _placed(unit: UnitFile, store: Store) -> list[Task]:
+    """The tasks with the env_id of this node, less those that have a good result here already."""
+    placed = []
+    keys = {device: environment.key(device) for device in {task.config.engine.device for task in unit.tasks}}
+    for task in unit.tasks:
+        found = keys[task.config.engine.device]
+        env_id = digest("env", found)
+        sites.note(store, task.config, found, env_id, time.time())
+        if env_id != task.env_id:
+            note_environment(store, unit.sweep, env_id)
+            known = store.result(task.run_id, env_id)
+            if known is not None and known.ok and task.config.sweep.mode != "force":
+                continue
+        placed.append(replace(task, env_id=env_id))
+    return placed
+
+
+def _start_again(unit: UnitFile, restart: int) -> None:
+    allowed = max(task.config.resources.requeues for task in unit.tasks)
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if restart >= allowed:
+        print(f"started {restart + 1} times, which is as often as resources.requeues={allowed} allows", flush=True)
+        return
+    taken = scheduler.requeue(job)
+    print("requeued" if taken else "SLURM did not take the requeue", flush=True)
+    if taken:
+        # The job ends by SLURM's hand; ending by itself first could pass for completed.
+        time.sleep(60)
+
+
+def _publish_all(tasks: Sequence[Task], store: Store, status: str, reason: str) -> None:
+    for task in tasks:
+        try:
+            attempt = store.claim(task.run_id, task.env_id, {})
+        except AlreadyRunning:
+            continue
+        store.publish(attempt, status, reason, 0.0)
+        log_line(Event("end", task, "", store.result(task.run_id, task.env_id)))

@@ -1,0 +1,104 @@
+"""Where cells will run, as far as the plan can know it before they do.
+
+On this machine everything is known. On a cluster the plan is made on a login node: a
+worker notes the hardware that it finds under the store (devices/site-*.json), and the
+next plan expects what the last workers of the same resource class found. Until then the
+environment has a stand-in name, and results are found by where the sweep's workers ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lbi
+from lbi import environment, rules
+from lbi.config import LbiConfig, ResourcesConfig
+from lbi.files import BadFile, read_json, write_json
+from lbi.identity import digest
+from lbi.store import SCHEMA, Store
+
+CLASS_KNOBS = ("gpu_type", "partition", "constraint", "container")
+"""Knobs of the resources that decide which hardware and software a job finds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What a cell's rules may ask, and where its result may come from: the likeliest environment first."""
+
+    machine: rules.Machine
+    env_ids: tuple[str, ...]
+    hardware: frozenset[tuple[Any, ...]]
+
+
+class Here:
+    """This machine."""
+
+    def __init__(self) -> None:
+        self._has_gpu = bool(environment.gpus())
+        self._known: dict[str, Site] = {}
+
+    def device(self, resources: ResourcesConfig) -> str:
+        """What `engine.device=auto` comes to."""
+        return "cuda" if self._has_gpu else "cpu"
+
+    def site(self, config: LbiConfig) -> Site:
+        """Where this cell will run."""
+        device = config.engine.device
+        if device not in self._known:
+            hardware = frozenset([environment.hardware(environment.describe())])
+            self._known[device] = Site(rules.Machine.here(device), (environment.identify(device),), hardware)
+        return self._known[device]
+
+
+class Cluster:
+    """Nodes that this process cannot see, by what workers found on them before."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._known: dict[str, Site] = {}
+
+    def device(self, resources: ResourcesConfig) -> str:
+        """What `engine.device=auto` comes to: a GPU only where one is asked for."""
+        return "cuda" if resources.gpus or resources.gpu_type else "cpu"
+
+    def site(self, config: LbiConfig) -> Site:
+        """Where this cell will run, from what workers of its class found."""
+        key = class_key(config)
+        if key not in self._known:
+            seen = self._seen(key)
+            # A container brings its own packages; everywhere else the job has those that are installed here.
+            own = {} if config.resources.container else {"packages": environment.packages(), "lbi": lbi.__version__}
+            env_ids = [digest("env", {**found, **own}) for found in seen]
+            stand_in = digest("env", {"site": key, "packages": environment.packages(), "lbi": lbi.__version__})
+            self._known[key] = Site(
+                rules.Machine.here(config.engine.device),
+                tuple(dict.fromkeys(env_ids)) or (stand_in,),
+                frozenset((found["gpu"],) if "gpu" in found else (found["cpu"], found["cores"]) for found in seen),
+            )
+        return self._known[key]
+
+    def _seen(self, key: str) -> list[dict[str, Any]]:
+        """What workers found, the latest first, each as `environment.key` gives it."""
+        notes = []
+        for file in (self.store.root / "devices").glob(f"site-{key}-*.json"):
+            try:
+                found = read_json(file, SCHEMA)
+            except BadFile as bad:
+                self.store.problems.append(bad)
+                continue
+            notes += [found] if found else []
+        return [found["environment"] for found in sorted(notes, key=lambda found: -float(found["seen"]))]
+
+
+def class_key(config: LbiConfig) -> str:
+    """Names the kind of node that a cell's job is sent to."""
+    knobs = {name: getattr(config.resources, name) for name in CLASS_KNOBS}
+    return digest("site", {"device": config.engine.device, **knobs})
+
+
+def note(store: Store, config: LbiConfig, found: Mapping[str, Any], env_id: str, now: float) -> None:
+    """Keep what a worker found on its node (`environment.key`), for the next plan."""
+    content = {"schema": SCHEMA, "environment": dict(found), "seen": now}
+    write_json(store.root / "devices" / f"site-{class_key(config)}-{env_id}.json", content)

@@ -1,0 +1,190 @@
+"""What a sweep has handed to a cluster: enough on disk that any shell can follow, adopt or cancel it.
+
+    sweeps/<name>/submissions/<number>/
+        claim.json          the driver that submits
+        arrays.json         job name, units and cells of each array; written before sbatch
+        units/<unit>.json   what a job executes
+        array-<n>.json      the job id; written after sbatch
+        submitted.json      every array is submitted, or why not
+        logs/               what the jobs print
+
+A driver killed between sbatch and array-<n>.json leaves an array whose name SLURM knows:
+`Submissions.adopt` finds it again, so that it is neither lost nor submitted twice.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lbi.executors.scheduler import Scheduler
+from lbi.files import BadFile, read_json, write_json
+from lbi.schedule import Unit, save_units
+from lbi.store import SCHEMA, Store, live_owner, own_claim
+
+
+@dataclass(frozen=True, slots=True)
+class CellRef:
+    """A cell as a submission lists it."""
+
+    cell: int
+    name: str
+    run_id: str
+    env_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnitJob:
+    """A unit and the job that executes it; `job` is the array task's id."""
+
+    submission: Path
+    unit: str
+    job: str
+    cells: tuple[CellRef, ...]
+
+    @property
+    def log(self) -> Path:
+        """What the job prints."""
+        return self.submission / "logs" / f"{self.job}_0_log.out"
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """Units that are submitted together, under a job name of their own."""
+
+    name: str
+    units: tuple[Unit, ...]
+
+
+class SchedulerSilent(Exception):
+    """SLURM's controller does not answer."""
+
+    def __init__(self) -> None:
+        super().__init__("SLURM's controller does not answer (squeue)")
+
+
+class Submissions:
+    """All submissions of one sweep."""
+
+    def __init__(self, store: Store, sweep: str) -> None:
+        self.store, self.sweep = store, sweep
+        self.folder = store.sweep_folder(sweep) / "submissions"
+
+    def numbers(self) -> list[int]:
+        """Numbers of the submissions, oldest first."""
+        try:
+            return sorted(int(entry.name) for entry in os.scandir(self.folder) if entry.name.isdigit())
+        except OSError:
+            return []
+
+    def jobs(self) -> list[UnitJob]:
+        """Every unit that has a job, of all submissions, oldest first."""
+        found: list[UnitJob] = []
+        for number in self.numbers():
+            folder = self.path(number)
+            for index, array in enumerate(self._arrays(folder)):
+                submitted = self._read(folder / f"array-{index}.json")
+                if submitted and submitted.get("job"):
+                    found += _unit_jobs(folder, array, submitted)
+        return found
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:03d}"
+
+    def adopt(self, scheduler: Scheduler) -> bool:
+        """Find the jobs of arrays whose driver died before it could note them.
+
+        False while another driver is submitting. Raises `SchedulerSilent`.
+        """
+        for number in self.numbers():
+            folder = self.path(number)
+            if (folder / "submitted.json").exists():
+                continue
+            if live_owner(folder):
+                return False
+            arrays = self._arrays(folder)
+            unknown = {
+                array["name"]: index
+                for index, array in enumerate(arrays)
+                if not (folder / f"array-{index}.json").exists()
+            }
+            ids = scheduler.named(list(unknown)) if unknown else {}
+            if ids is None:
+                raise SchedulerSilent
+            for name, index in unknown.items():
+                note_job(folder, index, ids.get(name), adopted=True)
+            write_json(folder / "submitted.json", {"schema": SCHEMA, "adopted": True, "when": time.time()})
+        return True
+
+    def living(self, scheduler: Scheduler) -> set[str]:
+        """run_ids that a queued or running job of this sweep has. Raises `SchedulerSilent`."""
+        jobs = self.jobs()
+        found = scheduler.jobs(job.job for job in jobs)
+        if found is None:
+            raise SchedulerSilent
+        return {cell.run_id for job in jobs if not found[job.job].ended for cell in job.cells}
+
+    def try_begin(self) -> Path | None:
+        """The folder of a new submission, this process's alone; None if another driver was faster."""
+        folder = self.path(max(self.numbers(), default=0) + 1)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return None
+        write_json(folder / "claim.json", own_claim())
+        return folder
+
+    def write_arrays(self, folder: Path, arrays: Sequence[Array], since: float) -> None:
+        """Write the units and which array has which, before anything is submitted."""
+        rows = []
+        for array in arrays:
+            save_units(array.units, self.store, self.sweep, since, folder / "units")
+            units = {
+                unit.name: [[task.cell, task.name, task.run_id, task.env_id] for task in unit.tasks]
+                for unit in array.units
+            }
+            rows.append({"name": array.name, "units": units})
+        write_json(folder / "arrays.json", {"schema": SCHEMA, "arrays": rows})
+
+    def _arrays(self, folder: Path) -> list[dict[str, Any]]:
+        return list((self._read(folder / "arrays.json") or {}).get("arrays", []))
+
+    def _read(self, file: Path) -> dict[str, Any] | None:
+        try:
+            return read_json(file, SCHEMA)
+        except BadFile as bad:
+            self.store.problems.append(bad)
+            return None
+
+
+def note_job(folder: Path, index: int, job: str | None, *, adopted: bool = False) -> None:
+    """Note an array's job id; None says that it was never submitted."""
+    content = {"schema": SCHEMA, "job": job, "adopted": adopted, "when": time.time()}
+    write_json(folder / f"array-{index}.json", content)
+
+
+def _unit_jobs(folder: Path, array: dict[str, Any], submitted: dict[str, Any]) -> Iterator[UnitJob]:
+    """Task n of an array executes its n-th unit; one unit alone is submitted as a plain job."""
+    alone = len(array["units"]) == 1
+    for number, (unit, cells) in enumerate(array["units"].items()):
+        job = submitted["job"] if alone else f"{submitted['job']}_{number}"
+        yield UnitJob(folder, unit, job, tuple(CellRef(*cell) for cell in cells))
+
+
+@contextmanager
+def marked_submitted(folder: Path) -> Iterator[None]:
+    """While open, jobs are submitted; whatever ends it, the submission is over after it."""
+    error = None
+    try:
+        yield
+    except Exception as found:
+        error = str(found)
+        raise
+    finally:
+        write_json(folder / "submitted.json", {"schema": SCHEMA, "error": error, "when": time.time()})
