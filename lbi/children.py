@@ -37,6 +37,10 @@ class Stop:
     def request(self) -> None:
         self.requests += 1
 
+    def of(self, run_id: str) -> Stop:
+        """The stop that one run is to heed."""
+        return self
+
     def why(self) -> tuple[str, str]:
         """Status and reason of a run that was stopped so."""
         return "cancelled", "stopped on request"

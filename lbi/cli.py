@@ -2,7 +2,8 @@
 
     python -m lbi quantizer=int8_wo                      one run
     python -m lbi -m quantizer=none,int8_wo              a sweep
-    python -m lbi status|report|collect|doctor [SWEEP]   afterwards
+    python -m lbi status|report|collect|doctor [SWEEP]   afterwards, from any shell
+    python -m lbi logs SWEEP CELL, cancel SWEEP [PART]   on a cluster
 
 Overrides always hold a `=`, so verbs and overrides cannot be confused. Exit codes:
 0 all ok, 1 some cells failed, 2 the request was wrong.
@@ -16,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lbi.errors import InputError
+from lbi.errors import ClusterError, InputError
 
-VERBS = ("status", "report", "collect", "sync", "doctor")
+VERBS = ("status", "logs", "cancel", "report", "collect", "sync", "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"lbi: {error}", file=sys.stderr)
         return 2
+    except ClusterError as error:
+        print(f"lbi: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         return 0
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from lbi.config import TrackerConfig
 from lbi.errors import InputError
 from lbi.store import Store
-from lbi.sweep_folder import find, read_header
+from lbi.sweep_folder import find
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -24,15 +22,24 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     given = _parse(verb, arguments)
     if not Path(given.store).is_dir():
         raise InputError("store", given.store, "there is no such store", "Name it with --store or LBI_STORE")
-    store = Store.open(given.store, write=verb != "status")
+    store = Store.open(given.store, write=verb not in ("status", "logs"))
     sweep = find(store, given.sweep)
-    return {"status": _status, "report": _report, "collect": _collect, "sync": _sync}[verb](store, sweep, given)
+    return VERBS[verb](store, sweep, given)
 
 
 def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m lbi {verb}")
-    parser.add_argument("sweep", nargs="?", help="name of a sweep, or its beginning; left out: the newest")
+    if verb == "logs":
+        parser.add_argument("sweep", help="name of a sweep, or its beginning")
+        parser.add_argument("cell", help="number of a cell, a part of its name, or its run id")
+        parser.add_argument("-f", "--follow", action="store_true", help="go on as the log grows")
+    else:
+        parser.add_argument("sweep", nargs="?", help="name of a sweep, or its beginning; left out: the newest")
     parser.add_argument("--store", default=os.environ.get("LBI_STORE", "lbi_store"), help="folder of the store")
+    if verb == "status":
+        parser.add_argument("--watch", action="store_true", help="look again every few seconds until all is over")
+    if verb == "cancel":
+        parser.add_argument("filter", nargs="?", help="only cells whose name has this part")
     if verb == "report":
         parser.add_argument("--baseline", help="cell that ratios refer to, by a part of its name or its run id")
         parser.add_argument("--max-kld", type=float, help="bound on the mean KLD of an answer, in nats")
@@ -43,26 +50,21 @@ def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _status(store: Store, sweep: str, given: argparse.Namespace) -> int:
-    """How many cells are in which state, and what is going on now."""
-    from lbi.children import phase_of
-    from lbi.collect import rows
+    from lbi import status
 
-    table = rows(store, sweep)
-    counts = Counter(row["status"] for row in table)
-    planned = time.strftime("%Y-%m-%d %H:%M", time.localtime(read_header(store, sweep)["planned"]))
-    print(f"{sweep}, planned {planned}: {len(table)} cells")
-    for status, count in counts.most_common():
-        print(f"  {count:>5} {status}")
-    for row in table:
-        if row["status"] == "running":
-            print(f"  running: {row['name']}, {phase_of(Path(row['folder']))}")
-        elif row["status"] not in ("ok", "pruned", "duplicate", "missing"):
-            print(f"  {row['status']}: {row['name']}: {row['reason']}")
-    for problem in store.problems:
-        print(f"  ignored in the store: {problem}")
-    if counts["missing"]:
-        print(f"The same command runs what is missing: {read_header(store, sweep)['command']}")
-    return 0 if set(counts) <= {"ok", "pruned", "duplicate"} else 1
+    return status.watch(store, sweep) if given.watch else status.show(store, sweep)
+
+
+def _logs(store: Store, sweep: str, given: argparse.Namespace) -> int:
+    from lbi import logs
+
+    return logs.show(store, sweep, given.cell, given.follow)
+
+
+def _cancel(store: Store, sweep: str, given: argparse.Namespace) -> int:
+    from lbi import cancel
+
+    return cancel.cancel(store, sweep, given.filter)
 
 
 def _report(store: Store, sweep: str, given: argparse.Namespace) -> int:
@@ -92,3 +94,13 @@ def _sync(store: Store, sweep: str, given: argparse.Namespace) -> int:
     config = TrackerConfig(name="wandb", kind="wandb", project=given.project, entity=given.entity)
     print(track(store, sweep, config))
     return 0
+
+
+VERBS = {
+    "status": _status,
+    "logs": _logs,
+    "cancel": _cancel,
+    "report": _report,
+    "collect": _collect,
+    "sync": _sync,
+}

@@ -115,13 +115,17 @@ class _Bench:
             self.store.release(attempt)
             self.report(Event("end", task, "measured by another process", published))
             return
+        if self.stop.of(task.run_id).wanted:
+            self.store.publish(attempt, *self.stop.of(task.run_id).why(), 0.0)
+            self.report(Event("end", task, "", self.store.result(task.run_id, task.env_id)))
+            return
         started = time.perf_counter()
         write_json(attempt.folder / "env.json", {"schema": SCHEMA, **self.description})
         request["reference_problem"] = self._reference_problem(task, references, attempt)
         write_json(attempt.folder / "config.json", {"schema": SCHEMA, **request})
         self.report(Event("start", task))
         ended = self._child("lbi.run", attempt.folder, task, attempt)
-        status, reason = _verdict(attempt, ended, task.config, self.stop)
+        status, reason = _verdict(attempt, ended, task.config, self.stop.of(task.run_id))
         self.store.publish(attempt, status, reason, time.perf_counter() - started)
         self.report(Event("end", task, "", self.store.result(task.run_id, task.env_id)))
 
@@ -129,7 +133,7 @@ class _Bench:
         started = self.starter.start(
             module, folder, attempt.folder / "log.txt", task.config, compile_cache(task.env_id)
         )
-        child = Child(started.process, attempt.folder, task.config.resources, self.stop)
+        child = Child(started.process, attempt.folder, task.config.resources, self.stop.of(task.run_id))
         process = {"schema": SCHEMA, "pid": started.process.pid, "started": started.how}
         write_json(folder / "process.json", process)
         ended = child.wait(lambda phase: self.report(Event("phase", task, phase)))

@@ -109,10 +109,14 @@ class Scheduler:
         return found
 
 
-def state_here(job: str) -> str:
-    """State of a job as its own node sees it; empty if nobody answers in time."""
-    found = re.search(r"JobState=(\w+)", _ask("scontrol", "-o", "show", "job", job, answer_s=3.0) or "")
-    return found[1] if found else ""
+def was_preempted(job: str) -> bool | None:
+    """Whether SLURM has preempted this job; None if it does not answer in time.
+
+    The state says only COMPLETING while a job's processes end. `job` is an array task's own
+    name ("12_3"): the bare number may name the whole array.
+    """
+    found = re.search(r"PreemptTime=(\S+)", _ask("scontrol", "-o", "show", "job", job, answer_s=3.0) or "")
+    return found[1] != "None" if found else None
 
 
 def seconds_left(job: str) -> float | None:

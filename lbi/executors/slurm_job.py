@@ -21,24 +21,28 @@ from typing import Any
 from lbi import environment, sites
 from lbi.children import Stop
 from lbi.executors import scheduler
+from lbi.files import BadFile, read_json
 from lbi.identity import digest
-from lbi.store import AlreadyRunning, Store, job_name, node_name
+from lbi.store import SCHEMA, AlreadyRunning, Store, job_name, node_name
 from lbi.sweep_folder import note_environment
 from lbi.worker import Event, Task, UnitFile, load_unit, log_line, run_unit
 
 TERM_GRACE_S = 1.0
 """After SIGTERM the rest of the job's life may be a few seconds: a child gets this long."""
 
+CANCEL_LOOK_S = 1.0
+"""How often a job looks whether its current run has been cancelled."""
+
 
 class JobStop(Stop):
     """Asked by SLURM's signals. `told` is SIGUSR2: the job may ask to be started again."""
 
-    def __init__(self, cancelled: Path) -> None:
+    def __init__(self, unit_file: Path) -> None:
         super().__init__()
         self.told = False
         self.near_limit = False
         self.alone = True
-        self.cancelled = cancelled
+        self.unit_file = unit_file
         self._cause: tuple[str, str] | None = None
 
     def on_usr2(self, number: int, frame: object) -> None:
@@ -51,25 +55,62 @@ class JobStop(Stop):
         self.request()
         threading.Timer(TERM_GRACE_S, self.request).start()
 
+    def of(self, run_id: str) -> Stop:
+        return _RunStop(self, run_id)
+
     def why(self) -> tuple[str, str]:
         if self._cause is None:
             self._cause = self._find_cause()
         return self._cause
 
     def _find_cause(self) -> tuple[str, str]:
-        job = os.environ.get("SLURM_JOB_ID", "")
+        job = job_name() or ""
         left = scheduler.seconds_left(job)
         signal_s = float(os.environ.get("LBI_SIGNAL_S", "90"))
         self.near_limit = self.told and left is not None and left <= 2 * signal_s
         if self.near_limit and self.alone:
-            reason = "it alone took the job's whole time limit; raise resources.time_min"
-            return "timeout", reason
+            return "timeout", "it alone took the job's whole time limit; raise resources.time_min"
         if self.near_limit:
             return "preempted", f"the time limit of job {job_name()} was near"
-        state = "" if self.told else scheduler.state_here(job)
-        if state == "CANCELLED":
-            return "cancelled", f"job {job_name()} was cancelled"
-        return "preempted", f"job {job_name()} was preempted on {node_name()}"
+        if not self.told and scheduler.was_preempted(job) is False:
+            return "cancelled", f"job {job} was cancelled"
+        return "preempted", f"job {job} was preempted on {node_name()}"
+
+
+class _RunStop(Stop):
+    """The job's stop, and `lbi cancel` of one of its cells."""
+
+    def __init__(self, job: JobStop, run_id: str) -> None:
+        super().__init__()
+        self.job, self.run_id = job, run_id
+        self._looked, self._cancelled = -float("inf"), False
+
+    @property
+    def wanted(self) -> bool:
+        if time.monotonic() - self._looked > CANCEL_LOOK_S:
+            self._looked = time.monotonic()
+            self._cancelled = self.run_id in cancelled_runs(self.job.unit_file)
+        return self.job.wanted or self._cancelled
+
+    @property
+    def now(self) -> bool:
+        return self.job.now
+
+    def why(self) -> tuple[str, str]:
+        return self.job.why() if self.job.wanted else ("cancelled", "cancelled with lbi cancel")
+
+
+def cancelled_file(unit: Path) -> Path:
+    """Where `lbi cancel` names the runs that this unit is to leave out."""
+    return unit.with_suffix(".cancelled.json")
+
+
+def cancelled_runs(unit: Path) -> frozenset[str]:
+    """run_ids that this unit is to leave out."""
+    try:
+        return frozenset((read_json(cancelled_file(unit), SCHEMA) or {}).get("runs", []))
+    except BadFile:
+        return frozenset()
 
 
 def run(unit_file: str) -> int:
@@ -99,7 +140,8 @@ def run(unit_file: str) -> int:
 
     # A snapshot of the code is no checkout: what was submitted says which commit it is.
     run_unit(tasks, store, report, stop, unit.since, description | {"git": unit.git})
-    if stop.wanted and stop.why()[0] != "cancelled":
+    # A job that was only terminated is cancelled, or SLURM itself starts it again.
+    if stop.told:
         _start_again(unit, restart)
     return ended
 
@@ -139,7 +181,7 @@ def _placed(unit: UnitFile, store: Store) -> list[Task]:
 
 def _start_again(unit: UnitFile, restart: int) -> None:
     allowed = max(task.config.resources.requeues for task in unit.tasks)
-    job = os.environ.get("SLURM_JOB_ID", "")
+    job = job_name() or ""
     if restart >= allowed:
         print(f"started {restart + 1} times, which is as often as resources.requeues={allowed} allows", flush=True)
         return
