@@ -35,7 +35,8 @@ def cancel(store: Store, sweep: str, part: str | None) -> int:
     for job in living:
         if chosen[job.job] and job not in whole:
             _note(job, chosen[job.job])
-    _publish(store, whole, {name for name, state in states.items() if state.state == "PENDING"})
+    for job in whole:
+        _publish(store, job, still[job.job])
     cells = sum(len(cells) for cells in chosen.values())
     parts = sum(bool(chosen[job.job]) for job in living) - len(whole)
     print(f"Cancelled {cells} cells: {len(whole)} jobs ended, {parts} go on with their other cells.")
@@ -56,9 +57,8 @@ def _note(job: UnitJob, cells: list[CellRef]) -> None:
     write_json(cancelled_file(unit), {"schema": SCHEMA, "runs": sorted(runs)})
 
 
-def _publish(store: Store, jobs: list[UnitJob], pending: set[str]) -> None:
-    """The cells of jobs that never began; a running job publishes its own."""
-    for job in jobs:
-        if job.job in pending:
-            for cell in job.cells:
-                publish(store, Ending(cell, "cancelled", "", None), "cancelled", f"job {job.job} was cancelled")
+def _publish(store: Store, job: UnitJob, cells: list[CellRef]) -> None:
+    """The cells that the job has not begun; the one in progress it publishes itself."""
+    for cell in cells:
+        if store.abandoned(cell.run_id, job.job) is None:
+            publish(store, Ending(cell, "cancelled", "", None), "cancelled", f"job {job.job} was cancelled")
