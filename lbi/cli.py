@@ -11,6 +11,7 @@ Overrides always hold a `=`, so verbs and overrides cannot be confused. Exit cod
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"lbi: {error.strerror}: {error.filename or 'the store'}. What is finished is kept; "
+            "free some space, and the same command goes on",
+            file=sys.stderr,
+        )
+        return 1
 
 
 def _is_value(arguments: Sequence[str], word: str) -> bool:

@@ -12,6 +12,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -169,6 +170,8 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]]) -> list[Any]:
     from lbi.report import terminal
 
     started = time.time()
+    # Hydra's launchers make this folder, and sweepers write into it.
+    Path(str(launcher.settings.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
     hydra_overrides = tuple(str(item) for item in launcher.settings.hydra.overrides.hydra)
     config_name = str(launcher.settings.hydra.job.config_name)
     composed: list[Composed] = []

@@ -89,9 +89,14 @@ class Hydra:
             for entry in entries:
                 if isinstance(entry, GroupDefault) and entry.is_override():
                     below |= _overridden(entry, name[0])
-            tangled = any(not entry.is_self() and entry.is_interpolation() for entry in entries)
+            tangled = any(not entry.is_self() and _interpolated(entry) for entry in entries)
             self._files[name] = (frozenset(below) - {"defaults"}, tangled)
         return self._files[name]
+
+
+def _interpolated(entry: InputDefault) -> bool:
+    """Whether an entry's own text holds an interpolation; Hydra's is_interpolation needs it placed in a tree."""
+    return any("${" in str(getattr(entry, name, "")) for name in ("group", "value", "path", "package"))
 
 
 def _overridden(entry: GroupDefault, config_path: str) -> set[str]:

@@ -6,6 +6,7 @@ Node-local and outside the store, which may be a network folder that many nodes 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -19,7 +20,13 @@ def cache_folder() -> Path:
 
 
 def compile_cache(env_id: str) -> Path:
-    """Inductor's cache for one environment; never shared between library versions or devices."""
+    """Inductor's cache for one environment; never shared between library versions or devices.
+
+    In a SLURM job it lies on the node, unless $LBI_CACHE says where: a home folder there is
+    usually a network folder, and concurrent writers corrupt each other's entries.
+    """
+    if os.environ.get("SLURM_JOB_ID") and not os.environ.get("LBI_CACHE"):
+        return Path(tempfile.gettempdir()) / f"lbi-{os.getuid()}" / "inductor" / env_id
     return cache_folder() / "inductor" / env_id
 
 

@@ -185,9 +185,11 @@ def _fastest(question: str, candidates: Sequence[Row], base: Row | None) -> Answ
 
 def _smallest(question: str, good: Sequence[Row], base: Row | None) -> Answer:
     sized = [row for row in good if row["weight_bytes"]]
+    if not sized:
+        return Answer(question, "No result says how large its weights are.", None)
     best = min(sized, key=lambda row: (row["weight_bytes"], -row[SPEED]))
     text = f"{best['name']}, {best['weight_bytes'] / 1e6:.1f} MB of weights"
-    if base is not None and best is not base:
+    if base is not None and best is not base and base["weight_bytes"]:
         text += f", {best['weight_bytes'] / base['weight_bytes']:.2f}x the baseline's, at {best[SPEED]:.1f} tok/s"
     text += _against(best, base)
     same = [row for row in sized if row is not best and row["weight_bytes"] == best["weight_bytes"]]

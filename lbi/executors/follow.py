@@ -55,7 +55,9 @@ class Follower:
         self.failures: dict[str, set[str]] = {}
         self.over_since: dict[str, float] = {}
         self.queued_since: dict[str, float] = {}
+        self.retried: dict[str, float] = {}
         self.given_up: set[str] = set()
+        self.unlaunched: set[str] = set()
         self.said = ""
 
     def run(self, stop: Stop) -> None:
@@ -78,7 +80,7 @@ class Follower:
         found = environments(self.store, self.executor.sweep)
         for run_id, task in list(self.open.items()):
             result = find_result(self.store, found, run_id, task.env_id)
-            if result is None or result.finished <= self.since:
+            if result is None or result.finished <= self.retried.get(run_id, self.since):
                 continue
             self._blame(result)
             if result.status == "crash" and self.tries[run_id] == 0:
@@ -105,7 +107,7 @@ class Follower:
             return
         again: list[Task] = []
         for job in jobs:
-            state = states[job.job]
+            state = self._launched(states[job.job])
             if state.ended:
                 again += self._settle(job, state)
             else:
@@ -175,16 +177,28 @@ class Follower:
 
     def _submit(self, tasks: Sequence[Task]) -> None:
         bad = [node for node, runs in self.failures.items() if len(runs) >= BAD_NODE]
-        crashed = {host for task in tasks if (host := self._crashed_on(task))}
+        crashed = {result.host for result in self._results(tasks) if result.status in ("crash", "lost")}
         exclude = sorted({*bad, *crashed})
         units = [Unit(f"unit-{number}", tuple(pack)) for number, pack in enumerate(make_packs(tasks))]
         self._say(f"submitting {len(tasks)} runs again" + (f", leaving out {', '.join(exclude)}" if exclude else ""))
-        self.executor.submit(units, self.store, self.since, exclude)
+        # What these runs have by now is what is to be bettered.
+        since = max([time.time(), *(result.finished for result in self._results(tasks))])
+        self.retried |= {task.run_id: since for task in tasks}
+        self.executor.submit(units, self.store, since, exclude)
 
-    def _crashed_on(self, task: Task) -> str:
+    def _results(self, tasks: Sequence[Task]) -> list[Result]:
         found = environments(self.store, self.executor.sweep)
-        result = find_result(self.store, found, task.run_id, task.env_id)
-        return result.host if result is not None and result.status in ("crash", "lost") else ""
+        results = [find_result(self.store, found, task.run_id, task.env_id) for task in tasks]
+        return [result for result in results if result is not None and result.finished > self.since]
+
+    def _launched(self, state: Job) -> Job:
+        """The job's state; one that SLURM holds because a node could not launch it counts as failed there."""
+        if state.state == "PENDING" and "launch failed" in state.reason:
+            self.executor.scheduler.cancel([state.id])
+            self.unlaunched.add(state.id)
+        if state.id in self.unlaunched:
+            return replace(state, state="BOOT_FAIL")
+        return state
 
     def _give_up_waiting(self, job: UnitJob, state: Job) -> None:
         """Cancel a job that has waited longer than it may."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -69,6 +70,10 @@ class SlurmExecutor:
 
         Raises `InputError` for a request that SLURM refuses, `ClusterError` where it does not answer.
         """
+        if shutil.which("sbatch") is None or shutil.which("srun") is None:
+            raise InputError(
+                "hydra/launcher", "lbi_slurm", "there is no sbatch or srun on this machine", "Run it on a login node"
+            )
         stop = Stop()
         count = self.submit(units, store, since)
         tasks = {task.run_id: task for unit in units for task in unit.tasks}

@@ -19,6 +19,16 @@ def write(folder: Path, name: str, **content: object) -> None:
     (folder / name).write_text(json.dumps({"schema": 1, **content}))
 
 
+def fill_the_disk(folder: Path) -> None:
+    with (folder.parents[3] / "filler").open("wb", buffering=0) as file:
+        for size in (65536, 512, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
+
+
 def good(folder: Path) -> None:
     write(folder, "metrics.json", metrics={"decode_tok_s": 10.0, "mean_kld": 0.0}, missing={})
     write(folder, "verdict.json", status="ok", reason="")
@@ -26,6 +36,9 @@ def good(folder: Path) -> None:
 
 def main(folder: Path, script: str) -> None:
     write(folder, "progress.json", phase="measure", since=time.time())
+    if script.endswith("_once"):
+        # Only the first attempt at a run misbehaves.
+        script = script.removesuffix("_once") if folder.name == "attempt-1" else "ok"
     if script == "ok":
         good(folder)
     elif script == "slow":
@@ -41,6 +54,21 @@ def main(folder: Path, script: str) -> None:
         sys.exit(1)
     elif script == "exit":
         os._exit(9)
+    elif script == "raise":
+        raise RuntimeError("the child does not like this")
+    elif script == "memory":
+        held = bytearray(1200 * 2**20)
+        for position in range(0, len(held), 4096):
+            held[position] = 1
+        time.sleep(60)
+    elif script == "murder":
+        # The worker is the parent: its job ends, and nothing is published.
+        os.kill(os.getppid(), signal.SIGKILL)
+    elif script == "fill":
+        fill_the_disk(folder)
+    elif script.startswith("sleep"):
+        time.sleep(float(script.removeprefix("sleep")))
+        good(folder)
     elif script == "segfault":
         os.kill(os.getpid(), signal.SIGSEGV)
     elif script == "kill":
