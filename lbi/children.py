@@ -23,6 +23,9 @@ from lbi.store import HEARTBEAT_S
 
 POLL_S = 0.1
 
+TOLD = (-signal.SIGTERM, -signal.SIGUSR2)
+"""Return codes of a child that was asked to end."""
+
 
 class Stop:
     """Asks a worker to stop: politely once, at once the second time.
@@ -156,6 +159,10 @@ class Child:
         finally:
             self._signal(signal.SIGKILL)
             self.process.wait()
+        if self.process.returncode in TOLD and not timed_out:
+            # SLURM signals every process of a job: the child may have heard it a moment before the worker.
+            time.sleep(2 * POLL_S)
+            stopped = stopped or self.stop.wanted
         return Ended(self.process.returncode or 0, timed_out, stopped, _oom_kills() > self.ooms)
 
     def _signal(self, number: int) -> None:

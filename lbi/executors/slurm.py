@@ -33,7 +33,7 @@ GUESS_FACTOR, KNOWN_FACTOR = 4.0, 2.0
 """A time limit is this many times the estimate: one too short costs a requeue, one too long a place in line."""
 
 TRANSIENT = ("Unable to contact slurm controller", "Socket timed out", "temporarily", "Connection refused")
-RETRY_S = (2.0, 10.0)
+RETRY_S = (5.0,)
 """Pauses before sbatch is tried again where the controller did not answer."""
 
 
