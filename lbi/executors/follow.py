@@ -57,6 +57,7 @@ class Follower:
         self.queued_since: dict[str, float] = {}
         self.retried: dict[str, float] = {}
         self.given_up: set[str] = set()
+        self.suspects: set[str] = set()
         self.unlaunched: set[str] = set()
         self.said = ""
 
@@ -149,9 +150,11 @@ class Follower:
         found = endings(self.store, job, state, left)
         if found is None:
             return []
-        return [self.open[ending.cell.run_id] for ending in found if self._again(ending, state)]
+        # What a job had not begun is not to blame for its end, unless the job never began anything.
+        blameless = any(ending.begun for ending in found)
+        return [self.open[ending.cell.run_id] for ending in found if self._again(ending, state, blameless)]
 
-    def _again(self, ending: Ending, state: Job) -> bool:
+    def _again(self, ending: Ending, state: Job, blameless: bool) -> bool:
         """Whether a cell of an ended job is to be submitted again; else, or if it had begun, publish how it ended."""
         run_id = ending.cell.run_id
         if ending.status in ("oom", "timeout", "cancelled"):
@@ -160,8 +163,11 @@ class Follower:
         if run_id in self.given_up:
             publish(self.store, ending, "lost", f"job never began: {ending.reason}")
             return False
+        if blameless and not ending.begun:
+            return True
         retry = self._may_retry(run_id)
         if ending.begun:
+            self.suspects.add(run_id)
             publish(self.store, ending, ending.status, ending.reason)
             if state.node:
                 self.failures.setdefault(state.node, set()).add(f"{run_id}-{self.tries[run_id]}")
@@ -179,7 +185,10 @@ class Follower:
         bad = [node for node, runs in self.failures.items() if len(runs) >= BAD_NODE]
         crashed = {result.host for result in self._results(tasks) if result.status in ("crash", "lost")}
         exclude = sorted({*bad, *crashed})
-        units = [Unit(f"unit-{number}", tuple(pack)) for number, pack in enumerate(make_packs(tasks))]
+        # A run that took its job down with it gets a job of its own.
+        packs = [[task] for task in tasks if task.run_id in self.suspects]
+        packs += make_packs([task for task in tasks if task.run_id not in self.suspects])
+        units = [Unit(f"unit-{number}", tuple(pack)) for number, pack in enumerate(packs)]
         self._say(f"submitting {len(tasks)} runs again" + (f", leaving out {', '.join(exclude)}" if exclude else ""))
         # What these runs have by now is what is to be bettered.
         since = max([time.time(), *(result.finished for result in self._results(tasks))])
