@@ -170,12 +170,21 @@ class TrackerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResourcesConfig:
-    """What a run may use and for how long. Never changes what is measured."""
+    """What a run may use and for how long. Not part of the run_id; `slots` is part of a CPU's env_id."""
 
     name: str = knob("name shown in tables")
     run_timeout_s: float = knob("a run that takes longer is stopped as `timeout`, in seconds", above=0.0)
     stop_grace_s: float = knob("time a child gets to end by itself when stopped, in seconds", low=0.0)
     fork: bool = knob("fork runs from a process that has imported torch already; false starts each anew")
+    gpus: int | None = knob(
+        "GPUs used at the same time, one run on each; null: all that are like the first", default=None, low=1
+    )
+    foreign: Literal["void", "wait", "ignore"] = knob(
+        "processes of others on the GPU: void repeats the samples they were there for; wait also delays the run's "
+        "start until they are gone; ignore records them",
+        default="void",
+    )
+    slots: int = knob("CPU: runs at the same time; each gets its share of the cores", default=1, low=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 
 from lbi import environment, identity, rules
 from lbi.compose import Composed
-from lbi.config import AXES, IDENTITY, LbiConfig, SweepConfig
+from lbi.config import AXES, IDENTITY, LbiConfig
 from lbi.errors import InputError
 from lbi.hydra_compose import NO_SUCH_KNOB
 from lbi.model_files import ModelFacts, inspect
@@ -145,18 +145,20 @@ def _cell(index: int, composed: Composed, sections: _Sections) -> Cell:
 
 def _judge(cells: list[Cell], sections: _Sections, store: Store) -> None:
     machines: dict[str, rules.Machine] = {}
-    environments: dict[str, str] = {}
+    environments: dict[tuple[str, int], str] = {}
     seen: dict[str, Cell] = {}
     reuse = Reuse(store)
     for cell in cells:
         config = cell.config
         if config is None:
             continue
-        device = config.engine.device
+        device, slots = config.engine.device, config.resources.slots
         if device not in machines:
-            machines[device], environments[device] = rules.Machine.here(device), environment.identify(device)
+            machines[device] = rules.Machine.here(device)
+        if (device, slots) not in environments:
+            environments[device, slots] = environment.identify(device, slots)
         cell.run_id = identity.run_id({group: sections.canonical(group, getattr(config, group)) for group in IDENTITY})
-        cell.env_id = environments[device]
+        cell.env_id = environments[device, slots]
         refused = rules.refuse(config, sections.facts(config.model), machines[device]) if config.sweep.prune else None
         if refused:
             cell.verdict, cell.rule, cell.reason = PRUNED, refused[0].name, refused[1]
@@ -164,13 +166,14 @@ def _judge(cells: list[Cell], sections: _Sections, store: Store) -> None:
             cell.verdict, cell.reason = DUPLICATE, f"the same setting as cell {seen[cell.run_id].index}"
         else:
             seen[cell.run_id] = cell
-            cell.verdict, cell.reason = _verdict(cell, config.sweep, reuse)
+            cell.verdict, cell.reason = _verdict(cell, config, reuse)
 
 
-def _verdict(cell: Cell, sweep: SweepConfig, reuse: Reuse) -> tuple[str, str]:
+def _verdict(cell: Cell, config: LbiConfig, reuse: Reuse) -> tuple[str, str]:
+    sweep = config.sweep
     if sweep.mode == "force":
         return RUN, "forced"
-    found = reuse.find(cell.run_id, cell.env_id, sweep.reuse)
+    found = reuse.find(cell.run_id, cell.env_id, config)
     if found is None:
         if sweep.mode == "read_only":
             return PRUNED, "no result in the store, and sweep.mode=read_only measures nothing"

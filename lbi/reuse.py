@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lbi import environment
+from lbi.config import LbiConfig
 from lbi.store import Result, Store
 
 UNFINISHED = frozenset({"preempted", "lost", "cancelled"})
@@ -19,19 +20,20 @@ class Reuse:
         self.store = store
         self.known = store.known_runs()
 
-    def find(self, run_id: str, env_id: str, level: str) -> Result | None:
-        """The result to reuse under `sweep.reuse=level`, or None.
+    def find(self, run_id: str, env_id: str, config: LbiConfig) -> Result | None:
+        """The result to reuse under the config's `sweep.reuse`, or None.
 
         Results that merely ended (`UNFINISHED`) do not count.
         """
         if run_id not in self.known:
             return None
+        level = config.sweep.reuse
         if level in ("exact", "same_versions"):
             result = self.store.result(run_id, env_id)
             candidates = [result] if result else []
         else:
             candidates = list(self.store.results(run_id))
-        accept = self._acceptable(level)
+        accept = self._acceptable(config)
         usable = [result for result in candidates if result.status not in UNFINISHED and accept(result)]
         # This machine's own result comes first, then a good one, then the newest.
         return max(usable, key=lambda result: (result.env_id == env_id, result.ok, result.finished), default=None)
@@ -43,19 +45,22 @@ class Reuse:
         outcomes = self.store.attempts(result.run_id, result.env_id)
         return len([outcome for outcome in outcomes if outcome["status"] == "crash"]) < 2
 
-    def _acceptable(self, level: str) -> Callable[[Result], bool]:
-        if level == "exact":
+    def _acceptable(self, config: LbiConfig) -> Callable[[Result], bool]:
+        if config.sweep.reuse == "exact":
             state = environment.git_state()
             return lambda result: bool(self._recorded(result).get("git") == state)
-        if level == "same_gpu":
-            here = _hardware(environment.describe())
-            return lambda result: _hardware(self._recorded(result)) == here
+        if config.sweep.reuse == "same_gpu":
+            device = config.engine.device
+            here = _hardware(environment.describe(config.resources.slots), device)
+            return lambda result: _hardware(self._recorded(result), device) == here
         return lambda result: True
 
     def _recorded(self, result: Result) -> dict[str, Any]:
         return self.store.read(result, "env.json") or {}
 
 
-def _hardware(description: dict[str, Any]) -> tuple[Any, ...]:
+def _hardware(description: dict[str, Any], device: str) -> tuple[Any, ...]:
     cards = [card["name"] for card in description.get("gpus") or []]
-    return (cards[0],) if cards else (description.get("cpu"), description.get("cores"))
+    if device == "cuda" and cards:
+        return (cards[0],)
+    return (description.get("cpu"), description.get("cores"), description.get("slots", 1))
