@@ -50,3 +50,9 @@ class BadNumerics(RunFailure):
     """NaN, infinity, or a lossless option that changed the tokens."""
 
     status = "numerics"
+
+
+class Disturbed(RunFailure):
+    """Others were on the device, which says nothing about the setting: the next call runs it again."""
+
+    status = "preempted"
