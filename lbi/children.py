@@ -19,6 +19,7 @@ from lbi.config import LbiConfig, ResourcesConfig
 from lbi.files import BadFile, read_json
 from lbi.forkserver import Forked, ForkServer
 from lbi.process import child_environment
+from lbi.slots import Slot
 from lbi.store import HEARTBEAT_S
 
 POLL_S = 0.1
@@ -58,9 +59,14 @@ class Stop:
 
 
 class Starter:
-    """Starts measuring processes: forked from a server that has imported torch where that is sound."""
+    """Starts measuring processes of a slot: forked from a server that has imported torch where that is sound.
 
-    def __init__(self) -> None:
+    To be used in one thread: Linux ends a child that dies with its parent when the thread that
+    started it ends.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
         self.server: ForkServer | None = None
 
     def __enter__(self) -> Starter:
@@ -72,7 +78,7 @@ class Starter:
 
     def start(self, module: str, folder: Path, log: Path, config: LbiConfig, caches: Path) -> Started:
         """A process that runs `module` on `folder`, in a session of its own."""
-        variables = child_environment(config, caches)
+        variables = child_environment(config, caches, self.slot.variables())
         why_not = "resources.fork=false"
         if config.resources.fork:
             server = self._server(variables)

@@ -170,7 +170,7 @@ class TrackerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResourcesConfig:
-    """What a run may use and for how long. Never changes what is measured.
+    """What a run may use and for how long. Not part of the run_id; `slots` is part of a CPU's env_id.
 
     Cells with the same resources share a job array on a cluster.
     """
@@ -180,7 +180,7 @@ class ResourcesConfig:
     stop_grace_s: float = knob("time a child gets to end by itself when stopped, in seconds", low=0.0)
     fork: bool = knob("fork runs from a process that has imported torch already; false starts each anew")
     gpus: int | None = knob(
-        "cluster: GPUs of a job, null: one for a cell that needs one; local: GPUs used at most, null: all",
+        "cluster: GPUs of a job, null: one if the cell needs one; here: GPUs with a run each, null: all like the first",
         default=None,
         low=0,
     )
@@ -212,6 +212,12 @@ class ResourcesConfig:
         default=None,
         above=0.0,
     )
+    foreign: Literal["void", "wait", "ignore"] = knob(
+        "processes of others on the GPU: void repeats the samples they were there for; wait also delays the run's "
+        "start until they are gone; ignore records them",
+        default="void",
+    )
+    slots: int = knob("CPU: runs at the same time; each gets its share of the cores", default=1, low=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,8 @@ package counter of RAPL, which most systems let only root read.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from lbi.gpu_processes import current_gpu, nvml_handle
 
 RAPL = Path("/sys/class/powercap/intel-rapl:0")
 
@@ -48,7 +49,8 @@ def _read(device: str) -> float | None:
             return int((RAPL / "energy_uj").read_text()) / 1e6
         except (OSError, ValueError):
             return None
-    handle = _nvml_handle()
+    uuid = current_gpu()
+    handle = nvml_handle(uuid) if uuid else None
     if handle is None:
         return None
     import pynvml
@@ -56,19 +58,4 @@ def _read(device: str) -> float | None:
     try:
         return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
     except pynvml.NVMLError:
-        return None
-
-
-def _nvml_handle() -> Any:
-    """NVML's handle of the GPU that torch uses, found by uuid: the two count GPUs differently."""
-    try:
-        import pynvml
-        import torch
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-        return pynvml.nvmlDeviceGetHandleByUUID(uuid)
-    except (pynvml.NVMLError, RuntimeError):
         return None

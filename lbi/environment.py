@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import lbi
+from lbi.errors import InputError
 from lbi.identity import digest
 
 PACKAGES = (
@@ -35,14 +36,14 @@ PACKAGES = (
 """Packages whose version can change a number: they are part of the env_id."""
 
 
-def describe() -> dict[str, Any]:
-    """Everything recorded beside a result: hardware, software, code."""
+def describe(slots: int = 1) -> dict[str, Any]:
+    """Everything recorded beside a result: hardware, software, code. Of a CPU, what one of `slots` runs has."""
     return {
         "host": platform.node(),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "cpu": cpu_model(),
-        "cores": cores(),
+        **_shared(slots),
         "memory_bytes": memory_bytes(),
         "gpus": gpus(),
         "packages": packages(),
@@ -51,27 +52,34 @@ def describe() -> dict[str, Any]:
     }
 
 
-def key(device: str) -> dict[str, Any]:
-    """The part of the environment that can change a number on `device` (cpu or cuda)."""
-    hardware: dict[str, Any] = {"cpu": cpu_model(), "cores": cores()}
+def key(device: str, slots: int = 1) -> dict[str, Any]:
+    """The part of the environment that can change a number on `device` (cpu or cuda).
+
+    A CPU that `slots` runs share is another machine to each of them: fewer cores, and others
+    on its memory. Raises `InputError` where it has fewer cores than that.
+    """
     if device == "cuda":
         cards = gpus()
-        hardware = {
+        hardware: dict[str, Any] = {
             "gpu": cards[0]["name"] if cards else None,
             "driver": cards[0]["driver"] if cards else None,
         }
+    else:
+        hardware = {"cpu": cpu_model(), **_shared(slots)}
     return {"device": device, **hardware, "packages": packages(), "lbi": lbi.__version__}
 
 
-def identify(device: str) -> str:
-    """The env_id of this machine for runs on `device`."""
-    return digest("env", key(device))
+def identify(device: str, slots: int = 1) -> str:
+    """The env_id of this machine for runs on `device`, of which `slots` share a CPU."""
+    return digest("env", key(device, slots))
 
 
-def hardware(description: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What `sweep.reuse=same_gpu` compares: the GPU's name, or the CPU and its cores."""
+def hardware(description: Mapping[str, Any], device: str) -> tuple[Any, ...]:
+    """What `sweep.reuse=same_gpu` compares: the GPU's name, or the CPU and what of it a run had."""
     cards = [card["name"] for card in description.get("gpus") or []]
-    return (cards[0],) if cards else (description.get("cpu"), description.get("cores"))
+    if device == "cuda" and cards:
+        return (cards[0],)
+    return (description.get("cpu"), description.get("cores"), description.get("slots", 1))
 
 
 def packages() -> dict[str, str]:
@@ -107,6 +115,21 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def cores_per_slot(slots: int) -> int:
+    """Cores that each of `slots` runs at the same time gets. Raises `InputError` where that is none."""
+    share = cores() // slots
+    if share == 0:
+        raise InputError(
+            "resources.slots", slots, f"is more than the {cores()} cores there are", "Each run needs a core of its own"
+        )
+    return share
+
+
+def _shared(slots: int) -> dict[str, int]:
+    """A machine that a run has to itself is described without `slots`: its env_id is as old as its results."""
+    return {"cores": cores_per_slot(slots), **({"slots": slots} if slots > 1 else {})}
+
+
 def memory_bytes() -> int:
     """Memory of the machine, or of the control group where that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -120,9 +143,37 @@ def memory_bytes() -> int:
 
 @cache
 def gpus() -> list[dict[str, Any]]:
-    """Name, uuid, driver and memory of each NVIDIA GPU; an empty list where there is none."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return []
+    """Name, uuid, driver and memory of each NVIDIA GPU this process may use; an empty list where there is none."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [] if named == "" else visible(_all_gpus(), named)
+
+
+def visible(cards: list[dict[str, Any]], named: str | None) -> list[dict[str, Any]]:
+    """The cards that CUDA_VISIBLE_DEVICES=`named` leaves, in its order; all of them for None.
+
+    It names them by index or by (the beginning of) the uuid, and what follows a name that
+    fits no card is hidden, as CUDA has it. An index counts as nvidia-smi does, which is
+    CUDA's count where all cards are alike.
+    """
+    if named is None:
+        return cards
+    found: list[dict[str, Any]] = []
+    for name in (part.strip() for part in named.split(",")):
+        if name.startswith("MIG-") and cards:
+            # nvidia-smi's list has whole cards only. A slice is known by its name alone.
+            card: dict[str, Any] | None = {**cards[0], "uuid": name}
+        elif name.isdigit():
+            card = cards[int(name)] if int(name) < len(cards) else None
+        else:
+            card = next((card for card in cards if name and card["uuid"].startswith(name)), None)
+        if card is None:
+            break
+        if card not in found:
+            found.append(card)
+    return found
+
+
+def _all_gpus() -> list[dict[str, Any]]:
     query = "name,uuid,driver_version,memory.total,compute_cap"
     try:
         listed = subprocess.run(

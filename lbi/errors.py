@@ -54,3 +54,9 @@ class BadNumerics(RunFailure):
 
 class ClusterError(Exception):
     """The cluster did not do as asked; the message says what happened and what was submitted."""
+
+
+class Disturbed(RunFailure):
+    """Others were on the device, which says nothing about the setting: the next call runs it again."""
+
+    status = "preempted"

@@ -15,6 +15,17 @@ from pathlib import Path
 from typing import Any
 
 
+def _umask() -> int:
+    # The only portable way to read it is to set it; the value is put back at once.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+UMASK = _umask()
+"""Read once, at import: it belongs to the process, and two threads reading it could leave it at 0 between them."""
+
+
 class BadFile(Exception):
     """A file that exists and cannot be used; `reason` is for a person."""
 
@@ -37,7 +48,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~UMASK)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -85,10 +96,3 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     if not all(isinstance(row, dict) for row in rows):
         raise BadFile(path, "holds a line that is not a JSON object")
     return rows
-
-
-def _umask() -> int:
-    # The only portable way to read it is to set it; the value is put back at once.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 
 from lbi import identity, rules
 from lbi.compose import Composed
-from lbi.config import AXES, IDENTITY, LbiConfig, SweepConfig
+from lbi.config import AXES, IDENTITY, LbiConfig
 from lbi.errors import InputError
 from lbi.hydra_compose import NO_SUCH_KNOB
 from lbi.model_files import ModelFacts, inspect
@@ -171,13 +171,14 @@ def _judge(cells: list[Cell], sections: _Sections, store: Store) -> None:
             cell.verdict, cell.reason = DUPLICATE, f"the same setting as cell {seen[cell.run_id].index}"
         else:
             seen[cell.run_id] = cell
-            cell.verdict, cell.reason = _verdict(cell, config.sweep, reuse, site)
+            cell.verdict, cell.reason = _verdict(cell, config, reuse, site)
 
 
-def _verdict(cell: Cell, sweep: SweepConfig, reuse: Reuse, site: Site) -> tuple[str, str]:
+def _verdict(cell: Cell, config: LbiConfig, reuse: Reuse, site: Site) -> tuple[str, str]:
+    sweep = config.sweep
     if sweep.mode == "force":
         return RUN, "forced"
-    found = reuse.find(cell.run_id, site, sweep.reuse)
+    found = reuse.find(cell.run_id, site, config)
     if found is None:
         if sweep.mode == "read_only":
             return PRUNED, "no result in the store, and sweep.mode=read_only measures nothing"

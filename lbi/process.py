@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def child_environment(config: LbiConfig, compile_cache: Path) -> dict[str, str]:
-    """Environment variables of a measuring process, over those of its parent."""
+def child_environment(config: LbiConfig, compile_cache: Path, slot: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables of a measuring process, over those of its slot, over those of its parent."""
     variables = {
+        **slot,
         "LBI_PARENT": str(os.getpid()),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",

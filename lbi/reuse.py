@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lbi import environment
+from lbi.config import LbiConfig
 from lbi.sites import Site
 from lbi.store import UNFINISHED, Result, Store
 
@@ -17,19 +18,20 @@ class Reuse:
         self.store = store
         self.known = store.known_runs()
 
-    def find(self, run_id: str, site: Site, level: str) -> Result | None:
-        """The result to reuse under `sweep.reuse=level` for a cell that would run at `site`, or None.
+    def find(self, run_id: str, site: Site, config: LbiConfig) -> Result | None:
+        """The result to reuse under the config's `sweep.reuse` for a cell that would run at `site`, or None.
 
         Results that merely ended (`UNFINISHED`) do not count.
         """
         if run_id not in self.known:
             return None
+        level = config.sweep.reuse
         if level in ("exact", "same_versions"):
             found = [self.store.result(run_id, env_id) for env_id in site.env_ids]
             candidates = [result for result in found if result]
         else:
             candidates = list(self.store.results(run_id))
-        accept = self._acceptable(level, site)
+        accept = self._acceptable(config, site)
         usable = [result for result in candidates if result.status not in UNFINISHED and accept(result)]
         # This machine's own result comes first, then a good one, then the newest.
         return max(usable, key=lambda result: (result.env_id in site.env_ids, result.ok, result.finished), default=None)
@@ -41,12 +43,13 @@ class Reuse:
         outcomes = self.store.attempts(result.run_id, result.env_id)
         return len([outcome for outcome in outcomes if outcome["status"] == "crash"]) < 2
 
-    def _acceptable(self, level: str, site: Site) -> Callable[[Result], bool]:
-        if level == "exact":
+    def _acceptable(self, config: LbiConfig, site: Site) -> Callable[[Result], bool]:
+        if config.sweep.reuse == "exact":
             state = environment.git_state()
             return lambda result: bool(self._recorded(result).get("git") == state)
-        if level == "same_gpu":
-            return lambda result: environment.hardware(self._recorded(result)) in site.hardware
+        if config.sweep.reuse == "same_gpu":
+            device = config.engine.device
+            return lambda result: environment.hardware(self._recorded(result), device) in site.hardware
         return lambda result: True
 
     def _recorded(self, result: Result) -> dict[str, Any]:

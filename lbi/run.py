@@ -34,6 +34,7 @@ def main(folder: Path) -> int:
     try:
         config = build(LbiConfig, request["config"])
         record = Record(folder, phases)
+        record.effective |= request["slot"]
         with phases("import"):
             prepare(config)
             import lbi.steps  # noqa: F401

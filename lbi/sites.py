@@ -37,7 +37,7 @@ class Here:
 
     def __init__(self) -> None:
         self._has_gpu = bool(environment.gpus())
-        self._known: dict[str, Site] = {}
+        self._known: dict[tuple[str, int], Site] = {}
 
     def device(self, resources: ResourcesConfig) -> str:
         """What `engine.device=auto` comes to."""
@@ -45,11 +45,12 @@ class Here:
 
     def site(self, config: LbiConfig) -> Site:
         """Where this cell will run."""
-        device = config.engine.device
-        if device not in self._known:
-            hardware = frozenset([environment.hardware(environment.describe())])
-            self._known[device] = Site(rules.Machine.here(device), (environment.identify(device),), hardware)
-        return self._known[device]
+        device, slots = config.engine.device, config.resources.slots
+        if (device, slots) not in self._known:
+            hardware = frozenset([environment.hardware(environment.describe(slots), device)])
+            env_ids = (environment.identify(device, slots),)
+            self._known[device, slots] = Site(rules.Machine.here(device), env_ids, hardware)
+        return self._known[device, slots]
 
 
 class Cluster:
@@ -75,7 +76,10 @@ class Cluster:
             self._known[key] = Site(
                 rules.Machine.here(config.engine.device),
                 tuple(dict.fromkeys(env_ids)) or (stand_in,),
-                frozenset((found["gpu"],) if "gpu" in found else (found["cpu"], found["cores"]) for found in seen),
+                frozenset(
+                    (found["gpu"],) if "gpu" in found else (found["cpu"], found["cores"], found.get("slots", 1))
+                    for found in seen
+                ),
             )
         return self._known[key]
 

@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from lbi import lossless, quality, roofline
+from lbi import environment, lossless, quality, roofline
 from lbi.compilers import CompilerState, counters
 from lbi.config import CacheConfig, CompilerConfig, LbiConfig
 from lbi.energy import EnergyMeter
 from lbi.engines import Engine
 from lbi.engines.hf import HfEngine
-from lbi.errors import BadNumerics, NotApplied
+from lbi.errors import BadNumerics, Disturbed, NotApplied, RunFailure
 from lbi.files import BadFile, read_json, write_json
+from lbi.gpu_processes import ForeignWatch, named
 from lbi.metrics import Timing, model_bandwidth_utilization, prefill_flop, summarize
 from lbi.process import CpuWatch, PeakMemory, Phases
 from lbi.quantizers import audit, method
@@ -34,6 +35,9 @@ from lbi.store import SCHEMA
 
 PLAIN_COMPILER = CompilerConfig(name="eager", backend="eager")
 PLAIN_CACHE = CacheConfig(name="dynamic", kind="dynamic")
+
+RECOMPILED = "recompiled"
+"""Why a sample is void that compiled something."""
 
 
 def quantize(config: LbiConfig, model: Any, record: Record, phases: Phases) -> list[audit.Layer]:
@@ -60,6 +64,7 @@ def quantize(config: LbiConfig, model: Any, record: Record, phases: Phases) -> l
         "settings_undone": undone,
         "attention": getattr(model.config, "_attn_implementation", None),
         "threads": torch.get_num_threads(),
+        "cores": environment.cores(),
         "torch": torch.__version__,
     }
     return layers
@@ -117,16 +122,22 @@ def _check_cache(config: LbiConfig, cache: dict[str, Any]) -> None:
 
 
 def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> list[int]:
-    """Take the samples; the tokens of the first valid one. Raises `NotApplied` if too many are void."""
+    """Take the samples; the tokens of the first valid one.
+
+    Raises `NotApplied` or `Disturbed` if too many are void.
+    """
     wanted, valid, voids, joules = config.measure.repetitions, [], [], []
     tokens: list[int] = []
+    others = ForeignWatch(config.engine.device)
     with phases("measure"), PeakMemory(config.engine.device) as peak:
         for number in range(wanted + config.measure.void_budget):
             time.sleep(config.measure.cooldown_s)
             before = counters()
-            with CpuWatch() as watch, EnergyMeter(config.engine.device) as meter:
+            with others, CpuWatch() as watch, EnergyMeter(config.engine.device) as meter:
                 generation = engine.generate(prompt, config.workload.new_tokens, seed=config.decoding.seed or 0)
-            void = "recompiled" if counters()["graphs"] != before["graphs"] else ""
+            void = RECOMPILED if counters()["graphs"] != before["graphs"] else ""
+            if others.during and config.resources.foreign != "ignore":
+                void = void or f"{named(others.during)} on the GPU"
             record.samples += _sample_rows(number, generation.timing, void, watch.foreign_share)
             if void:
                 voids.append(void)
@@ -137,16 +148,33 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
             if len(valid) == wanted:
                 break
     if len(valid) < wanted:
-        raise NotApplied(f"{len(voids)} of {len(voids) + len(valid)} samples were void: {voids[0]} while timed")
+        raise _too_few(voids, len(valid), config.measure.void_budget)
     record.metrics |= summarize(valid)
-    if config.compiler.backend == "eager":
-        record.missing["compile_s"] = "nothing is compiled"
-    else:
-        record.metrics["compile_s"] = max(
-            0.0, record.first_call_s - median(timing.end - timing.start for timing in valid)
-        )
     record.metrics["void_samples"] = float(len(voids))
     record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
+    record.effective |= others.report()
+    _note_compile(config, valid, record)
+    _note_surroundings(config, joules, record)
+    return tokens
+
+
+def _too_few(voids: list[str], valid: int, budget: int) -> RunFailure:
+    """What too many void samples mean: that of the setting itself if its own alone are too many."""
+    foreign = [void for void in voids if void != RECOMPILED]
+    kind, example = (Disturbed, foreign[0]) if len(voids) - len(foreign) <= budget else (NotApplied, RECOMPILED)
+    return kind(f"{len(voids)} of {len(voids) + valid} samples were void: {example} while timed")
+
+
+def _note_compile(config: LbiConfig, valid: list[Timing], record: Record) -> None:
+    if config.compiler.backend == "eager":
+        record.missing["compile_s"] = "nothing is compiled"
+        return
+    usual = median(timing.end - timing.start for timing in valid)
+    record.metrics["compile_s"] = max(0.0, record.first_call_s - usual)
+
+
+def _note_surroundings(config: LbiConfig, joules: list[float | None], record: Record) -> None:
+    """What others took of the CPU, and what the device took of energy."""
     foreign = [row["foreign_cpu"] for row in record.samples if row["foreign_cpu"] is not None]
     record.metrics["foreign_cpu"] = max(foreign, default=None)
     known = [value for value in joules if value is not None]
@@ -154,7 +182,6 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
         record.missing["energy_j_per_token"] = EnergyMeter.why_not(config.engine.device)
     else:
         record.metrics["energy_j_per_token"] = sum(known) / len(known) / config.workload.new_tokens
-    return tokens
 
 
 def _sample_rows(number: int, timing: Timing, void: str, foreign: float | None) -> list[dict[str, Any]]:

@@ -12,18 +12,21 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lbi import environment, reference
-from lbi.children import Child, Ended, Starter, Stop, phase_of
+from lbi import reference
+from lbi.children import POLL_S, Child, Ended, Starter, Stop, phase_of
 from lbi.config import LbiConfig
 from lbi.errors import InputError
 from lbi.files import BadFile, read_json, write_json
 from lbi.places import compile_cache
+from lbi.slots import Slot
 from lbi.store import SCHEMA, UNFINISHED, AlreadyRunning, Attempt, Result, Store
+from lbi.task_queue import TaskQueue
+from lbi.turns import Turns
 from lbi.typed import plain
 
 
@@ -40,64 +43,95 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A change worth showing: `kind` is reference, start, phase, wait or end; note is about no task in particular."""
+    """A change worth showing in slot number `slot`: `kind` is reference, start, phase, wait or end.
+
+    A note is about no task in particular.
+    """
 
     kind: str
     task: Task
     text: str = ""
     result: Result | None = None
+    slot: int = 0
 
 
 Report = Callable[[Event], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the slots of one driver have in common.
+
+    Results published after `since` (seconds since the epoch, when the plan was made) count as done.
+    `recorded` goes into env.json in place of what the slot itself would say.
+    """
+
+    queue: TaskQueue
+    store: Store
+    report: Report
+    stop: Stop
+    since: float
+    turns: Turns = field(default_factory=Turns)
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+
+
 def run_unit(
-    tasks: Sequence[Task],
-    store: Store,
-    report: Report,
-    stop: Stop,
-    since: float,
-    description: dict[str, Any] | None = None,
+    tasks: Sequence[Task], store: Store, report: Report, stop: Stop, since: float, slot: Slot | None = None
 ) -> None:
-    """Measure the tasks in turn until done or stopped.
+    """Measure the tasks in turn until done or stopped, see `Work`."""
+    run_slot(Work(TaskQueue(tasks), store, report, stop, since), slot or Slot())
+
+
+def run_slot(work: Work, slot: Slot) -> None:
+    """Measure tasks of the queue in one slot until none is left, or stopped.
 
     A run that another live process is measuring is left to it and awaited at the end, so that
-    no run is measured twice; results published after `since` (seconds since the epoch, when
-    the plan was made) count as done. `description` is `environment.describe()`, if it is known.
+    no run is measured twice.
     """
-    with Starter() as starter:
-        bench = _Bench(store, report, stop, since, starter, description or environment.describe())
-        waiting = list(tasks)
-        while waiting and not stop.wanted:
-            busy = []
-            for task in waiting:
-                if stop.wanted:
-                    return
-                try:
-                    bench.run(task)
-                except AlreadyRunning as running:
-                    report(Event("wait", task, running.owner))
-                    busy.append(task)
-            if len(busy) == len(waiting):
-                time.sleep(1.0)
-            waiting = busy
+    with slot.occupied(), Starter(slot) as starter:
+        bench = _Bench(work, slot, starter)
+        while not work.stop.wanted and work.queue.next() is not None:
+            if not bench.run_next():
+                time.sleep(POLL_S)
 
 
 class _Bench:
-    """What the runs of one unit have in common."""
+    """What the runs of one slot have in common."""
 
-    def __init__(
-        self,
-        store: Store,
-        report: Report,
-        stop: Stop,
-        since: float,
-        starter: Starter,
-        description: dict[str, Any],
-    ) -> None:
-        self.store, self.report, self.stop = store, report, stop
-        self.since, self.starter, self.description = since, starter, description
-        self.failed_references: dict[str, str] = {}
+    def __init__(self, work: Work, slot: Slot, starter: Starter) -> None:
+        self.work, self.slot, self.starter = work, slot, starter
+        self.store, self.stop = work.store, work.stop
+        self.description = {**slot.describe(), **work.recorded}
+        self.owners: dict[str, str] = {}
+
+    def run_next(self) -> bool:
+        """Wait for the slot's GPU, then measure the next task; False where there was none to measure yet.
+
+        The GPU comes first: a task that was taken and waits could have been measured in another slot,
+        and a run that is claimed and waits would pass for lost on other machines.
+        """
+        upcoming = self.work.queue.next()
+        if upcoming is None:
+            return False
+        with self.slot.held(
+            upcoming.config.resources.foreign,
+            give_up=lambda: self.stop.wanted or self.work.queue.next() is None,
+            on_wait=lambda reason: self.report("wait", upcoming, reason),
+        ) as ready:
+            task = self.work.queue.take() if ready else None
+            if task is None:
+                return False
+            try:
+                self.run(task)
+            except AlreadyRunning as running:
+                if self.owners.get(task.run_id) != running.owner:
+                    self.report("wait", task, f"{running.owner} is measuring it")
+                self.owners[task.run_id] = running.owner
+                self.work.queue.put_back(task)
+        return True
+
+    def report(self, kind: str, task: Task, text: str = "", result: Result | None = None) -> None:
+        self.work.report(Event(kind, task, text, result, self.slot.number))
 
     def run(self, task: Task) -> None:
         """Claim, measure and publish one run. Raises `AlreadyRunning` if another process has it."""
@@ -108,26 +142,27 @@ class _Bench:
             "devices": str(self.store.root / "devices"),
             "device_name": _device_name(task.config, self.description),
             "references": {name: str(folder) for name, folder in references.items()},
+            "slot": self.slot.record(),
         }
         attempt = self.store.claim(task.run_id, task.env_id, request)
         published = self.store.result(task.run_id, task.env_id)
-        if published is not None and published.finished > self.since and published.status not in UNFINISHED:
+        if published is not None and published.finished > self.work.since and published.status not in UNFINISHED:
             self.store.release(attempt)
-            self.report(Event("end", task, "measured by another process", published))
+            self.report("end", task, "measured by another process", published)
             return
         if self.stop.of(task.run_id).wanted:
             self.store.publish(attempt, *self.stop.of(task.run_id).why(), 0.0)
-            self.report(Event("end", task, "", self.store.result(task.run_id, task.env_id)))
+            self.report("end", task, "", self.store.result(task.run_id, task.env_id))
             return
         started = time.perf_counter()
         write_json(attempt.folder / "env.json", {"schema": SCHEMA, **self.description})
         request["reference_problem"] = self._reference_problem(task, references, attempt)
         write_json(attempt.folder / "config.json", {"schema": SCHEMA, **request})
-        self.report(Event("start", task))
+        self.report("start", task)
         ended = self._child("lbi.run", attempt.folder, task, attempt)
         status, reason = _verdict(attempt, ended, task.config, self.stop.of(task.run_id))
         self.store.publish(attempt, status, reason, time.perf_counter() - started)
-        self.report(Event("end", task, "", self.store.result(task.run_id, task.env_id)))
+        self.report("end", task, "", self.store.result(task.run_id, task.env_id))
 
     def _child(self, module: str, folder: Path, task: Task, attempt: Attempt) -> Ended:
         started = self.starter.start(
@@ -136,30 +171,38 @@ class _Bench:
         child = Child(started.process, attempt.folder, task.config.resources, self.stop.of(task.run_id))
         process = {"schema": SCHEMA, "pid": started.process.pid, "started": started.how}
         write_json(folder / "process.json", process)
-        ended = child.wait(lambda phase: self.report(Event("phase", task, phase)))
+        ended = child.wait(lambda phase: self.report("phase", task, phase))
         write_json(folder / "process.json", {**process, "ended": ended.describe()})
         return ended
 
     def _reference_problem(self, task: Task, references: dict[str, Path], attempt: Attempt) -> str | None:
         """Have the unquantized model's outputs computed if they are missing; why not, if that failed."""
         wanted = [references["greedy"]] + ([references["logits"]] if task.config.quality.enabled else [])
-        if all(folder.exists() for folder in wanted) or self.stop.wanted:
+        missing = [str(folder) for folder in wanted if not folder.exists()]
+        if not missing or self.stop.wanted:
             return None
-        key = str(wanted)
-        if key in self.failed_references:
+        turns, key = self.work.turns, str(wanted)
+        with turns.of(missing, while_waiting=(attempt.folder / "heartbeat").touch):
+            if self.stop.wanted or all(folder.exists() for folder in wanted):
+                return None
             # Not tried again for every cell of the unit: it would fail again, and cost the same again.
-            return self.failed_references[key]
-        self.report(Event("reference", task))
+            if key not in turns.failed:
+                problem = self._compute_reference(task, references, attempt)
+                if all(folder.exists() for folder in wanted):
+                    return None
+                turns.failed[key] = problem
+            return turns.failed[key]
+
+    def _compute_reference(self, task: Task, references: dict[str, Path], attempt: Attempt) -> str:
+        """Run the unquantized model; how that ended."""
+        self.report("reference", task)
         folder = attempt.folder / "reference"
         folder.mkdir()
         request = {name: str(path) for name, path in references.items()}
         write_json(folder / "request.json", {"schema": SCHEMA, "config": plain(task.config), **request})
         ended = self._child("lbi.reference", folder, task, attempt)
-        if all(path.exists() for path in wanted):
-            return None
         last = _last_line(attempt.folder / "log.txt")
-        self.failed_references[key] = f"the unquantized model could not be run: {ended.describe()} ({last})"
-        return self.failed_references[key]
+        return f"the unquantized model could not be run: {ended.describe()} ({last})"
 
 
 def _device_name(config: LbiConfig, description: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from lbi import steps
+from lbi import gpu_processes, steps
 from lbi.engines import Generation
-from lbi.errors import NotApplied
+from lbi.errors import Disturbed, NotApplied
 from lbi.metrics import Timing
 from lbi.plan import Plan
 from lbi.process import CpuWatch, PeakMemory, Phases
 from lbi.record import Record
+from lbi.reuse import UNFINISHED
 
 
 class FakeEngine:
@@ -62,6 +64,59 @@ def test_a_sample_with_a_recompile_is_void_and_repeated(plan: Callable[..., Plan
 def test_too_many_void_samples_are_no_number(plan: Callable[..., Plan], tmp_path: Path) -> None:
     with pytest.raises(NotApplied, match="3 of 5 samples were void: recompiled"):
         measured(plan, tmp_path, {0, 2, 3})
+
+
+@pytest.fixture
+def neighbours(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Measure as on a GPU of which NVML gives, look by look, these processes beside this one."""
+
+    def measure(
+        plan: Callable[..., Plan], folder: Path, looks: list[set[int]], foreign: str, *recompile_in: int
+    ) -> Record:
+        answers = iter(looks)
+        monkeypatch.setattr(gpu_processes, "current_gpu", lambda: "GPU-1")
+        monkeypatch.setattr(gpu_processes, "listed", lambda uuid: {os.getpid(), *next(answers, set())})
+        monkeypatch.setattr(steps, "ForeignWatch", lambda device: gpu_processes.ForeignWatch("cuda"))
+        return measured(plan, folder, set(recompile_in), f"resources.foreign={foreign}")[0]
+
+    return measure
+
+
+STRANGER = {2**22 + 1}
+"""A number beyond Linux's largest, so that no process of ours has it."""
+
+
+@pytest.mark.parametrize("foreign", ["void", "wait"])
+def test_a_sample_beside_a_stranger_on_the_gpu_is_void(
+    plan: Callable[..., Plan], tmp_path: Path, neighbours: Any, foreign: str
+) -> None:
+    # Two looks a sample: a stranger at the end of the first and at the start of the third.
+    record = neighbours(plan, tmp_path, [set(), STRANGER, set(), set(), STRANGER], foreign)
+    assert record.metrics["void_samples"] == 2
+    assert record.metrics["repetitions"] == 3
+    reasons = {row["repetition"]: row["void"] for row in record.samples}
+    assert reasons == {0: "process 4194305 on the GPU", 1: "", 2: "process 4194305 on the GPU", 3: "", 4: ""}
+    assert record.effective["foreign_gpu"] == "seen"
+
+
+def test_a_stranger_that_is_to_be_ignored_is_recorded(
+    plan: Callable[..., Plan], tmp_path: Path, neighbours: Any
+) -> None:
+    record = neighbours(plan, tmp_path, [STRANGER] * 6, "ignore")
+    assert record.metrics["void_samples"] == 0
+    assert record.effective["foreign_gpu_detail"] == "process 4194305"
+
+
+def test_strangers_that_stay_are_no_result_and_recompiles_that_stay_are(
+    plan: Callable[..., Plan], tmp_path: Path, neighbours: Any
+) -> None:
+    with pytest.raises(Disturbed, match="5 of 5 samples were void: process 4194305 on the GPU while timed") as caught:
+        neighbours(plan, tmp_path, [STRANGER] * 10, "void")
+    assert caught.value.status in UNFINISHED
+    with pytest.raises(Disturbed):
+        neighbours(plan, tmp_path, [STRANGER] * 2, "void", 1, 2)
+    with pytest.raises(NotApplied, match="recompiled"):
+        neighbours(plan, tmp_path, [STRANGER] * 2, "void", 1, 2, 3)
 
 
 def test_what_is_not_measured_says_why(plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -171,3 +171,12 @@ def test_lines_that_are_not_objects_are_bad(tmp_path: Path) -> None:
         read_json_lines(file)
     with pytest.raises(BadFile, match="cannot be read"):
         read_json_lines(tmp_path / "none")
+
+
+def test_writing_a_file_does_not_touch_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the whole process's: slots that write at once could leave it at 0."""
+    mask = os.umask(0)
+    os.umask(mask)
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was set"))
+    write_json(tmp_path / "file.json", {})
+    assert (tmp_path / "file.json").stat().st_mode & 0o777 == 0o666 & ~mask

@@ -16,16 +16,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lbi import environment, sites
 from lbi.children import Stop
 from lbi.executors import scheduler
 from lbi.files import BadFile, read_json
 from lbi.identity import digest
+from lbi.slots import Slot
 from lbi.store import SCHEMA, AlreadyRunning, Store, job_name, node_name
 from lbi.sweep_folder import note_environment
-from lbi.worker import Event, Task, UnitFile, load_unit, log_line, run_unit
+from lbi.task_queue import TaskQueue
+from lbi.worker import Event, Task, UnitFile, Work, load_unit, log_line, run_slot
 
 TERM_GRACE_S = 1.0
 """After SIGTERM the rest of the job's life may be a few seconds: a child gets this long."""
@@ -123,8 +124,7 @@ def run(unit_file: str) -> int:
     signal.signal(signal.SIGTERM, stop.on_term)
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     print(f"job {job_name()} on {node_name()}, start {restart + 1}: {len(unit.tasks)} runs", flush=True)
-    description = environment.describe() | {"host": node_name()}
-    changed = _changed(unit, description)
+    changed = _changed(unit)
     if changed:
         _publish_all(unit.tasks, store, "lost", changed)
         return 0
@@ -139,18 +139,19 @@ def run(unit_file: str) -> int:
         log_line(event)
 
     # A snapshot of the code is no checkout: what was submitted says which commit it is.
-    run_unit(tasks, store, report, stop, unit.since, description | {"git": unit.git})
+    recorded = {"git": unit.git, "host": node_name()}
+    run_slot(Work(TaskQueue(tasks), store, report, stop, unit.since, recorded=recorded), Slot())
     # A job that was only terminated is cancelled, or SLURM itself starts it again.
     if stop.told:
         _start_again(unit, restart)
     return ended
 
 
-def _changed(unit: UnitFile, description: dict[str, Any]) -> str:
+def _changed(unit: UnitFile) -> str:
     """How the packages differ from those that the sweep was planned for; empty if they do not."""
     if any(task.config.resources.container for task in unit.tasks):
         return ""
-    here: dict[str, str] = description["packages"]
+    here = environment.packages()
     names = sorted(set(here) | set(unit.packages))
     differing = [
         f"{name} {unit.packages.get(name, 'absent')} -> {here.get(name, 'absent')}"

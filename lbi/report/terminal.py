@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ from lbi.verdicts import DONE, DUPLICATE, PRUNED, RUN
 if TYPE_CHECKING:
     from lbi.plan import Cell, Plan
     from lbi.schedule import Estimate
-    from lbi.worker import Event
+    from lbi.worker import Event, Task
 
 SHOWN_CELLS = 60
 """A plan with more cells is shown in part; plan.jsonl and the report have them all."""
@@ -87,13 +87,14 @@ def _duration(seconds: float) -> str:
 
 
 class Live:
-    """Shows runs as they go: a moving line on a terminal, a line per change elsewhere."""
+    """Shows runs as they go: a moving line on a terminal, a line per change elsewhere. By slot, what is running."""
 
     def __init__(self, total: int, store: Store, sweep: str) -> None:
         self.total, self.store, self.sweep = total, store, sweep
         self.out = console()
         self.done = 0
-        self.began = time.monotonic()
+        self.lock = threading.Lock()
+        self.running: dict[int, tuple[Task, str]] = {}
         self.progress = Progress(
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
@@ -116,26 +117,49 @@ class Live:
             self.progress.stop()
 
     def report(self, event: Event) -> None:
-        """Take in a worker's event."""
-        name = event.task.name
-        if event.kind == "note":
-            self.progress.update(self.bar, description=escape(event.text))
-            if not self.out.is_terminal:
-                self.out.print(f"[{self.done}/{self.total}] {escape(event.text)}")
-            return
-        if event.kind == "end" and event.result is not None:
-            self.done += 1
-            self.progress.update(self.bar, advance=1)
-            self.out.print(f"[{self.done}/{self.total}] {escape(name)}: {self._ending(event)}")
-            return
-        text = {
-            "reference": f"{name}: unquantized model, for comparison (once)",
-            "wait": f"{name}: waiting, {event.text} is measuring it",
-            "start": f"{name}: start",
-        }.get(event.kind, f"{name}: {event.text}")
+        """Take in a worker's event; from any thread."""
+        with self.lock:
+            if event.kind == "end" and event.result is not None:
+                self._end(event)
+            elif event.kind == "note":
+                self._note(event.text)
+            else:
+                self._change(event)
+
+    def _note(self, text: str) -> None:
         self.progress.update(self.bar, description=escape(text))
+        if not self.out.is_terminal:
+            self.out.print(f"[{self.done}/{self.total}] {escape(text)}")
+
+    def _end(self, event: Event) -> None:
+        self.done += 1
+        # Another slot may be shown as waiting with the same cell in view.
+        self.running = {
+            slot: shown
+            for slot, shown in self.running.items()
+            if slot != event.slot and shown[0].cell != event.task.cell
+        }
+        self.progress.update(self.bar, advance=1, description=escape(self._moving_line()))
+        self.out.print(f"[{self.done}/{self.total}] {escape(event.task.name)}: {self._ending(event)}")
+
+    def _change(self, event: Event) -> None:
+        doing = {
+            "reference": "unquantized model, for comparison (once)",
+            "wait": f"waiting, {event.text}",
+            "start": "start",
+        }.get(event.kind, event.text)
+        self.running[event.slot] = (event.task, doing)
+        self.progress.update(self.bar, description=escape(self._moving_line()))
         if not self.out.is_terminal and event.kind != "phase":
-            self.out.print(f"[{self.done + 1}/{self.total}] {escape(text)}")
+            number = min(self.done + len(self.running), self.total)
+            self.out.print(f"[{number}/{self.total}] {escape(event.task.name)}: {escape(doing)}")
+
+    def _moving_line(self) -> str:
+        """What every slot is doing."""
+        if len(self.running) == 1:
+            return next(f"{task.name}: {doing}" for task, doing in self.running.values())
+        shown = [f"{task.name} ({doing})" for _, (task, doing) in sorted(self.running.items())]
+        return f"{len(shown)} running: {', '.join(shown)}" if shown else ""
 
     def _ending(self, event: Event) -> str:
         result = event.result

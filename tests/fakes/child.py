@@ -44,6 +44,17 @@ def main(folder: Path, script: str) -> None:
     elif script == "slow":
         time.sleep(1.0)
         good(folder)
+    elif script == "place":
+        began = time.monotonic()
+        time.sleep(0.3)
+        place = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        write(folder, "place.json", **place, cores=cores, began=began, ended=time.monotonic())
+        good(folder)
+    elif script == "reference":
+        time.sleep(0.3)
+        request = json.loads((folder / "request.json").read_text())
+        Path(request["greedy"]).mkdir(parents=True)
     elif script == "hang":
         time.sleep(600)
     elif script == "stubborn":

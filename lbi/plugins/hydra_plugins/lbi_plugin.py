@@ -26,7 +26,7 @@ class SweeperConf:
 
 @dataclass
 class LocalConf:
-    """hydra/launcher=lbi_local: runs on this machine, one after another."""
+    """hydra/launcher=lbi_local: runs on this machine, one at a time on each GPU or share of the cores."""
 
     _target_: str = "hydra_plugins.lbi_plugin.LocalLauncher"
 

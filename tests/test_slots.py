@@ -1,0 +1,604 @@
+"""Slots: which run is where, never two on one GPU, and how they end together."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lbi import children, environment, gpu_processes, slots
+from lbi.children import Started, Stop
+from lbi.config import LbiConfig
+from lbi.errors import InputError
+from lbi.executors import local
+from lbi.executors.local import LocalExecutor, batches
+from lbi.gpu_lock import GpuLock
+from lbi.gpu_processes import ForeignWatch
+from lbi.plan import Plan
+from lbi.process import child_environment
+from lbi.report import terminal
+from lbi.schedule import Unit, make_units
+from lbi.store import Store
+from lbi.worker import Event, Task
+
+CHILD = Path(__file__).parent / "fakes" / "child.py"
+
+CARDS = [
+    {
+        "name": "Fake H200",
+        "uuid": f"GPU-{number}{'0' * 7}-1",
+        "driver": "1",
+        "memory_bytes": 1,
+        "compute_capability": "9",
+    }
+    for number in range(4)
+]
+UUIDS = [card["uuid"] for card in CARDS]
+
+MakePlan = Callable[..., Plan]
+MakeUnits = Callable[..., list[Unit]]
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Four GPUs with nobody on them, and locks that are this test's own."""
+    (tmp_path / "locks").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "locks"))
+    monkeypatch.setattr(environment, "gpus", lambda: CARDS)
+    monkeypatch.setattr(gpu_processes, "listed", lambda uuid: set())
+
+
+@pytest.fixture
+def units(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> MakeUnits:
+    """Units whose children follow the given scripts, in order of the grid."""
+    scripts: dict[str, str] = {}
+
+    def start(self: Any, module: str, folder: Path, log: Path, config: LbiConfig, caches: Path) -> Started:
+        script = scripts["reference"] if module == "lbi.reference" else scripts[config.workload.name]
+        with log.open("a") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-S", str(CHILD), str(folder), script],
+                stdout=output,
+                stderr=output,
+                env=child_environment(config, caches, self.slot.variables()),
+                start_new_session=True,
+            )
+        return Started(process, "a stand-in")
+
+    monkeypatch.setattr(children.Starter, "start", start)
+
+    def made(*arguments: str, script: str | list[str] = "place", count: int = 8, reference: str = "none") -> list[Unit]:
+        lengths = ",".join(str(8 + number) for number in range(count))
+        found = make_units(
+            plan("engine.device=cuda", f"workload.new_tokens={lengths}", "quality=off", *arguments).cells
+        )
+        per_cell = [script] * 99 if isinstance(script, str) else script
+        named = []
+        for unit in found:
+            tasks = []
+            for task in unit.tasks:
+                name = f"cell{task.cell}"
+                scripts[name] = per_cell[task.cell]
+                workload = replace(task.config.workload, name=name)
+                tasks.append(replace(task, config=replace(task.config, workload=workload)))
+            named.append(Unit(unit.name, tuple(tasks)))
+        scripts["reference"] = reference
+        return named
+
+    return made
+
+
+def tasks_of(units: list[Unit]) -> list[Task]:
+    return [task for unit in units for task in unit.tasks]
+
+
+def execute(units: list[Unit], store: Store) -> tuple[list[Event], Stop]:
+    events: list[Event] = []
+    return events, LocalExecutor().execute(units, store, events.append, time.time())
+
+
+def places(units: list[Unit], store: Store) -> list[dict[str, Any]]:
+    """What each task's child saw, in the tasks' order."""
+    found = []
+    for task in tasks_of(units):
+        result = store.result(task.run_id, task.env_id)
+        assert result is not None
+        assert result.ok, result
+        place, env, config = (
+            json.loads((result.folder / name).read_text()) for name in ("place.json", "env.json", "config.json")
+        )
+        found.append({**place, "env": env, **{name: config[name] for name in ("slot", "reference_problem")}})
+    return found
+
+
+def assert_one_at_a_time(seen: list[dict[str, Any]]) -> None:
+    on_gpu = defaultdict(list)
+    for place in seen:
+        on_gpu[place["CUDA_VISIBLE_DEVICES"]].append((place["began"], place["ended"]))
+    for stretches in on_gpu.values():
+        stretches.sort()
+        for (_, ended), (began, _) in itertools.pairwise(stretches):
+            assert ended <= began
+
+
+def at_once(seen: list[dict[str, Any]]) -> int:
+    """How many children ran at the same time, at most."""
+    return max(sum(one["began"] <= other["began"] < one["ended"] for one in seen) for other in seen)
+
+
+def statuses(units: list[Unit], store: Store) -> list[str | None]:
+    results = [store.result(task.run_id, task.env_id) for task in tasks_of(units)]
+    return [result.status if result else None for result in results]
+
+
+def test_every_gpu_is_used_by_one_run_at_a_time(units: MakeUnits, store: Store) -> None:
+    made = units()
+    events, _ = execute(made, store)
+    seen = places(made, store)
+    assert {place["CUDA_VISIBLE_DEVICES"] for place in seen} == set(UUIDS)
+    assert at_once(seen) == 4
+    assert_one_at_a_time(seen)
+    for place in seen:
+        assert [card["uuid"] for card in place["env"]["gpus"]] == [place["CUDA_VISIBLE_DEVICES"]]
+        assert UUIDS[place["slot"]["slot"]] == place["CUDA_VISIBLE_DEVICES"]
+        assert place["slot"]["slots"] == 4
+    assert {event.slot for event in events} == {0, 1, 2, 3}
+
+
+def test_tasks_are_taken_in_their_order_the_baseline_first(units: MakeUnits, store: Store) -> None:
+    made = units("quantizer=int8_wo,none", "resources.gpus=1", count=3)
+    events, _ = execute(made, store)
+    wanted = [task.cell for task in tasks_of(made)]
+    assert wanted == [1, 3, 5, 0, 2, 4]
+    assert [event.task.cell for event in events if event.kind == "start"] == wanted
+
+
+def test_all_slots_take_from_the_front_of_one_queue(units: MakeUnits, store: Store) -> None:
+    made = units("quantizer=int8_wo,none", count=4)
+    events, _ = execute(made, store)
+    started = [event.task.cell for event in events if event.kind == "start"]
+    assert set(started[:4]) == {1, 3, 5, 7}
+    assert sorted(started) == list(range(8))
+
+
+def test_fewer_gpus_on_request_and_more_than_there_are_is_refused(units: MakeUnits, store: Store) -> None:
+    made = units("resources.gpus=2", count=4)
+    execute(made, store)
+    assert len({place["CUDA_VISIBLE_DEVICES"] for place in places(made, store)}) == 2
+    with pytest.raises(InputError, match=r"resources.gpus=5: .*4 × Fake H200"):
+        execute(units("resources.gpus=5"), store)
+
+
+def test_a_gpu_that_is_free_is_taken_before_one_that_is_not(units: MakeUnits, store: Store) -> None:
+    other = GpuLock(UUIDS[0])
+    assert other.acquire()
+    made = units("resources.gpus=1", count=1)
+    execute(made, store)
+    assert places(made, store)[0]["CUDA_VISIBLE_DEVICES"] == UUIDS[1]
+    other.release()
+
+
+def test_another_kind_of_gpu_is_left_alone(units: MakeUnits, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "gpus", lambda: [*CARDS[:2], {**CARDS[2], "name": "Fake T4"}])
+    made = units(count=4)
+    execute(made, store)
+    assert {place["CUDA_VISIBLE_DEVICES"] for place in places(made, store)} == set(UUIDS[:2])
+
+
+def test_no_more_slots_than_tasks(units: MakeUnits, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    run_slot = local.run_slot
+    monkeypatch.setattr(local, "run_slot", lambda work, slot: (opened.append(slot.number), run_slot(work, slot)))
+    made = units(count=2)
+    execute(made, store)
+    assert opened == [0, 1]
+    assert len({place["CUDA_VISIBLE_DEVICES"] for place in places(made, store)}) == 2
+
+
+def test_two_drivers_never_meet_on_a_gpu(
+    units: MakeUnits, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes of their own with stores of their own: only the locks are common."""
+    monkeypatch.setattr(environment, "gpus", lambda: CARDS[:2])
+    made = units(count=4)
+    stores = [Store.open(tmp_path / name, write=True) for name in ("one", "two")]
+    fork = multiprocessing.get_context("fork")
+    drivers = [fork.Process(target=execute, args=(made, own)) for own in stores]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join(60)
+        assert driver.exitcode == 0
+    seen = [place for own in stores for place in places(made, own)]
+    assert len(seen) == 8
+    assert len({place["CUDA_VISIBLE_DEVICES"] for place in seen}) == 2
+    assert_one_at_a_time(seen)
+
+
+def test_a_gpu_in_use_is_waited_for_and_its_user_named(units: MakeUnits, store: Store) -> None:
+    others = [GpuLock(uuid) for uuid in UUIDS]
+    assert all(lock.acquire() for lock in others)
+    threading.Timer(0.8, others[0].release).start()
+    made = units("resources.gpus=2", count=2)
+    events, _ = execute(made, store)
+    waits = [event for event in events if event.kind == "wait"]
+    assert {event.slot for event in waits} == {0, 1}
+    assert all(f"process {os.getpid()}" in event.text for event in waits)
+    # The slot whose GPU stays taken does not sit on a task: the other has done both.
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(made, store)] == [UUIDS[0]] * 2
+    for lock in others:
+        lock.release()
+
+
+def test_a_lock_outlives_nobody_and_is_open_to_every_user(tmp_path: Path) -> None:
+    lock = GpuLock("GPU-x")
+    holder = (
+        "import sys, tempfile, time\n"
+        f"tempfile.tempdir = {tempfile.gettempdir()!r}\n"
+        "from lbi.gpu_lock import GpuLock\n"
+        "print(GpuLock('GPU-x').acquire(), flush=True)\n"
+        "held = GpuLock('GPU-x'); held.acquire(); print('held', flush=True); time.sleep(600)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert other.stdout is not None
+    assert [other.stdout.readline().strip() for _ in range(2)] == ["True", "held"]
+    assert not lock.acquire()
+    assert f"process {other.pid}" in lock.owner()
+    assert lock.path.stat().st_mode & 0o777 == 0o666
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    assert lock.acquire()
+    assert not GpuLock("GPU-x").acquire()
+    lock.release()
+    assert lock.path.exists()
+    # A link in a folder that everybody may write to is not followed.
+    (tmp_path / "locks" / "lbi-gpu-GPU-y.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(InputError, match="lock"):
+        GpuLock("GPU-y").acquire()
+    assert not (tmp_path / "victim").exists()
+
+
+def test_ctrl_c_ends_all_running_children_cleanly_and_starts_no_more(units: MakeUnits, store: Store) -> None:
+    made = units(script="hang", count=6)
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    _, stop = execute(made, store)
+    assert stop.wanted
+    assert not stop.now
+    assert statuses(made, store) == ["cancelled"] * 4 + [None] * 2
+    assert time.monotonic() - began < 20
+
+
+def test_a_second_ctrl_c_does_not_wait_for_grace(units: MakeUnits, store: Store) -> None:
+    made = units("resources.stop_grace_s=600", script="stubborn", count=6)
+    for delay in (1.5, 2.0):
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    _, stop = execute(made, store)
+    assert stop.now
+    assert statuses(made, store) == ["cancelled"] * 4 + [None] * 2
+    assert time.monotonic() - began < 20
+
+
+def test_ctrl_c_ends_the_wait_for_a_gpu(units: MakeUnits, store: Store) -> None:
+    others = [GpuLock(uuid) for uuid in UUIDS]
+    assert all(lock.acquire() for lock in others)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    made = units(count=2)
+    execute(made, store)
+    assert statuses(made, store) == [None, None]
+    for lock in others:
+        lock.release()
+
+
+def test_a_slot_that_fails_is_heard_of_and_the_others_finish(
+    units: MakeUnits, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = units(count=8)
+    broken, publish = tasks_of(made)[1], Store.publish
+
+    def refuse(self: Store, attempt: Any, *rest: Any) -> None:
+        if attempt.run_id == broken.run_id:
+            raise OSError("the disk is full")
+        publish(self, attempt, *rest)
+
+    monkeypatch.setattr(Store, "publish", refuse)
+    with pytest.raises(OSError, match="the disk is full"):
+        execute(made, store)
+    assert statuses(made, store) == ["ok", None, *["ok"] * 6]
+    assert all(GpuLock(uuid).is_free() for uuid in UUIDS)
+
+
+def test_a_reference_that_two_slots_need_is_computed_once(units: MakeUnits, store: Store) -> None:
+    for seed, (reference, known) in enumerate((("reference", True), ("none", False))):
+        made = units("cache=dynamic,static", f"model.seed={seed}", count=1, reference=reference)
+        events, _ = execute(made, store)
+        assert [event.kind for event in events].count("reference") == 1
+        seen = places(made, store)
+        assert len({place["CUDA_VISIBLE_DEVICES"] for place in seen}) == 2
+        assert [place["reference_problem"] is None for place in seen] == [known] * 2
+
+
+needs_cores = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or environment.cores() < 2, reason="needs two cores that can be chosen"
+)
+
+
+@needs_cores
+def test_cpu_slots_have_cores_of_their_own(units: MakeUnits, store: Store) -> None:
+    made = units("engine.device=cpu", "resources.slots=2", count=4)
+    execute(made, store)
+    seen = places(made, store)
+    share = environment.cores() // 2
+    by_slot = defaultdict(set)
+    for place in seen:
+        by_slot[place["slot"]["slot"]].add(tuple(place["cores"]))
+        assert place["OMP_NUM_THREADS"] == str(share)
+        assert place["CUDA_VISIBLE_DEVICES"] == ""
+        assert (place["env"]["cores"], place["env"]["slots"]) == (share, 2)
+    assert at_once(seen) == 2
+    ((first,), (second,)) = by_slot[0], by_slot[1]
+    assert len(first) == len(second) == share
+    assert not set(first) & set(second)
+    # The driver itself is not held to anything afterwards.
+    assert environment.cores() >= 2 * share
+
+
+@needs_cores
+def test_a_shared_cpu_is_another_environment(plan: MakePlan, units: MakeUnits, store: Store) -> None:
+    alone, shared = (plan("engine.device=cpu", f"resources.slots={count}").cells[0] for count in (1, 2))
+    assert alone.run_id == shared.run_id
+    assert alone.env_id != shared.env_id
+    assert alone.env_id == environment.identify("cpu")
+    assert environment.identify("cuda", 2) == environment.identify("cuda")
+    # What the attempt records is what the plan identified.
+    made = units("engine.device=cpu", "resources.slots=2", count=1)
+    execute(made, store)
+    env = places(made, store)[0]["env"]
+    key = environment.key("cpu", 2)
+    assert {name: env[name] for name in key if name in env} == {name: key[name] for name in key if name != "device"}
+    # Nor does one pass for the other where only the device must be the same.
+    again = ("engine.device=cpu", "workload.new_tokens=8", "quality=off", "sweep.reuse=same_gpu")
+    verdicts = [plan(*again, f"resources.slots={count}").cells[0].verdict for count in (1, 2)]
+    assert verdicts == ["RUN", "DONE"]
+
+
+def test_one_cpu_slot_leaves_the_machine_to_the_run(units: MakeUnits, store: Store) -> None:
+    made = units("engine.device=cpu", count=2)
+    execute(made, store)
+    seen = places(made, store)
+    assert at_once(seen) == 1
+    assert all(len(place["cores"]) == environment.cores() for place in seen if place["cores"])
+    assert all("slots" not in place["env"] for place in seen)
+    assert all(place["slot"] == {"slot": 0, "slots": 1} for place in seen)
+
+
+def test_threads_of_the_engine_win_over_the_share(units: MakeUnits) -> None:
+    (task,) = tasks_of(units("engine.device=cpu", "engine.threads=3", count=1))
+    shared = slots.Slot(0, 2, None, (0, 1, 2, 3))
+    assert child_environment(task.config, Path("x"), shared.variables())["OMP_NUM_THREADS"] == "3"
+
+
+def test_more_slots_than_cores_is_a_wrong_request(plan: MakePlan) -> None:
+    with pytest.raises(InputError, match=r"resources.slots=9999: .* cores"):
+        plan("engine.device=cpu", "resources.slots=9999")
+
+
+def test_no_two_slots_share_a_physical_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Linux often numbers the second threads of all cores after the first ones."""
+    for thread in range(8):
+        folder = tmp_path / f"cpu{thread}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "physical_package_id").write_text("0\n")
+        (folder / "core_id").write_text(f"{thread % 4}\n")
+    monkeypatch.setattr(slots, "TOPOLOGY", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert [slot.cores for slot in slots._cpu_slots(2)] == [(0, 4, 1, 5), (2, 6, 3, 7)]
+    assert [len(slot.cores) for slot in slots._cpu_slots(3)] == [2, 2, 2]
+
+
+def test_cpu_runs_on_a_machine_with_gpus_need_no_gpu_and_run_apart(units: MakeUnits, store: Store) -> None:
+    others = [GpuLock(uuid) for uuid in UUIDS]
+    assert all(lock.acquire() for lock in others)
+    made = units("engine.device=cpu", count=1)
+    execute(made, store)
+    assert statuses(made, store) == ["ok"]
+    for lock in others:
+        lock.release()
+    made = units("engine.device=cuda,cpu", count=2, script=["place"] * 4)
+    devices = [[task.config.engine.device for task in tasks] for tasks in batches(made)]
+    assert sorted(devices) == [["cpu", "cpu"], ["cuda", "cuda"]]
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        (None, [0, 1, 2, 3]),
+        ("", []),
+        ("2", [2]),
+        ("3,1", [3, 1]),
+        ("1,9,2", [1]),
+        ("-1", []),
+        ("NoDevFiles", []),
+        (UUIDS[2], [2]),
+        (f"{UUIDS[3][:6]},0", [3, 0]),
+        ("GPU-nope,0", []),
+    ],
+)
+def test_cuda_visible_devices_of_the_driver_decides_which_gpus_are_used(named: str | None, expected: list[int]) -> None:
+    assert environment.visible(CARDS, named) == [CARDS[index] for index in expected]
+
+
+def test_a_slice_of_a_gpu_keeps_its_name(units: MakeUnits) -> None:
+    (card,) = environment.visible(CARDS, "MIG-abc")
+    assert slots.Slot(0, 1, card).variables() == {"CUDA_VISIBLE_DEVICES": "MIG-abc"}
+
+
+@pytest.fixture
+def stranger() -> Iterator[int]:
+    """A process that is none of ours."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+    yield process.pid
+    process.kill()
+    process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, *looks: set[int] | None) -> tuple[set[int], dict[str, Any]]:
+    """What a watch finds in one sample, NVML giving these lists in turn; then its report."""
+    answers = iter(looks)
+    monkeypatch.setattr(gpu_processes, "current_gpu", lambda: UUIDS[0])
+    monkeypatch.setattr(gpu_processes, "listed", lambda uuid: next(answers))
+    watch = ForeignWatch("cuda")
+    with watch:
+        pass
+    return watch.during, watch.report()
+
+
+def test_a_stranger_on_the_gpu_is_noticed(monkeypatch: pytest.MonkeyPatch, stranger: int) -> None:
+    me = os.getpid()
+    for looks in (({me, stranger}, {me}), ({me}, {me, stranger}), ({me, stranger}, {me, stranger})):
+        during, report = watched(monkeypatch, *looks)
+        assert during == {stranger}
+        assert (report["gpu"], report["foreign_gpu"]) == (UUIDS[0], "seen")
+        assert str(stranger) in report["foreign_gpu_detail"]
+
+
+def test_a_helper_of_our_own_is_no_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+    helper = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    both = {os.getpid(), helper.pid}
+    assert watched(monkeypatch, both, both) == (set(), {"gpu": UUIDS[0], "foreign_gpu": "none"})
+    helper.communicate()
+
+
+def test_what_cannot_be_known_is_said_and_void_nothing(monkeypatch: pytest.MonkeyPatch, stranger: int) -> None:
+    # Neither a list without ourselves, which is of another pid namespace, nor none at all.
+    for look, why in (({stranger}, "pid namespace"), (set(), "pid namespace"), (None, "NVML")):
+        during, report = watched(monkeypatch, look, look)
+        assert during == set()
+        assert report["foreign_gpu"] == "unknown"
+        assert why in report["foreign_gpu_detail"]
+    assert ForeignWatch("cpu").report() == {}
+
+
+def test_nvml_may_be_absent_or_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NVMLError(Exception):
+        pass
+
+    def fail(*_: object) -> None:
+        raise NVMLError
+
+    working = {
+        "NVMLError": NVMLError,
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetHandleByUUID": lambda uuid: f"handle of {uuid}",
+        "nvmlDeviceGetComputeRunningProcesses": lambda handle: [SimpleNamespace(pid=4711), SimpleNamespace(pid=12)],
+    }
+    monkeypatch.undo()
+
+    def ask(module: object) -> set[int] | None:
+        gpu_processes.nvml_handle.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "pynvml", module)
+            return gpu_processes.listed(UUIDS[0])
+
+    assert ask(SimpleNamespace(**working)) == {12, 4711}
+    assert ask(None) is None
+    for name in ("nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetComputeRunningProcesses"):
+        assert ask(SimpleNamespace(**{**working, name: fail})) is None
+    gpu_processes.nvml_handle.cache_clear()
+
+
+def test_a_run_can_be_made_to_wait_until_the_gpu_is_free(
+    units: MakeUnits, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = time.monotonic() + 1.0
+    monkeypatch.setattr(gpu_processes, "listed", lambda uuid: {4711} if time.monotonic() < gone else set())
+    made = units("resources.foreign=wait", "resources.gpus=1", count=1)
+    events, _ = execute(made, store)
+    assert [event.text for event in events if event.kind == "wait"] == [f"{UUIDS[0]} is used by process 4711"]
+    assert places(made, store)[0]["began"] >= gone
+
+
+@pytest.mark.parametrize("foreign", ["void", "ignore"])
+def test_otherwise_a_run_does_not_wait_for_strangers(
+    units: MakeUnits, store: Store, monkeypatch: pytest.MonkeyPatch, foreign: str
+) -> None:
+    monkeypatch.setattr(gpu_processes, "listed", lambda uuid: {4711})
+    made = units(f"resources.foreign={foreign}", count=1)
+    events, _ = execute(made, store)
+    assert "wait" not in {event.kind for event in events}
+    assert statuses(made, store) == ["ok"]
+
+
+def event(kind: str, cell: int, slot: int, text: str = "") -> Any:
+    result = SimpleNamespace(ok=False, status="crash", reason="for show", seconds=1.0) if kind == "end" else None
+    task = SimpleNamespace(cell=cell, name=f"name{cell}")
+    return SimpleNamespace(kind=kind, task=task, text=text, result=result, slot=slot)
+
+
+@pytest.fixture
+def live(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A display of 40 runs; what it prints is in `.out.file`."""
+    console = Console(file=io.StringIO(), width=200, highlight=False)
+    monkeypatch.setattr(terminal, "console", lambda: console)
+    with terminal.Live(40, store, "sweep") as made:
+        yield made
+
+
+def test_the_moving_line_shows_every_slot(live: Any) -> None:
+    def line(*events: Any) -> str:
+        for one in events:
+            live.report(one)
+        return str(live.progress.tasks[0].description)
+
+    assert line(event("start", 1, 0), event("phase", 1, 0, "measure")) == "name1: measure"
+    assert line(event("start", 2, 1), event("phase", 2, 1, "load")) == "2 running: name1 (measure), name2 (load)"
+    assert line(event("wait", 3, 2, "GPU x is used")).startswith("3 running: ")
+    assert line(event("end", 3, 0)) == "name2: load"
+    assert line(event("end", 2, 1)) == ""
+
+
+def test_events_of_several_threads_do_not_mix(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = live.progress.update
+
+    def slow(*arguments: Any, **changes: Any) -> None:
+        update(*arguments, **changes)
+        time.sleep(0.001)
+
+    monkeypatch.setattr(live.progress, "update", slow)
+
+    def work(slot: int) -> None:
+        for cell in range(slot * 10, slot * 10 + 10):
+            for kind in ("start", "phase", "end"):
+                live.report(event(kind, cell, slot, "measure"))
+
+    threads = [threading.Thread(target=work, args=(slot,)) for slot in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ended = [line for line in live.out.file.getvalue().splitlines() if "crash" in line]
+    assert [line.split()[0] for line in ended] == [f"[{number}/40]" for number in range(1, 41)]
+    assert sorted(line.split()[1] for line in ended) == sorted(f"name{cell}:" for cell in range(40))
