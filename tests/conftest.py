@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slurm_cluster import Cluster, Clusters, NotInstalled
 
 from lbi.compose import Composed, Composer, parse
 from lbi.hydra_compose import Hydra
@@ -81,3 +82,42 @@ def run_lbi(tmp_path: Path) -> Callable[..., Any]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _clusters() -> Iterator[Clusters]:
+    made = Clusters()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(autouse=True)
+def _healthy_clusters(_clusters: Clusters) -> Iterator[None]:
+    """Whatever a test did to a cluster, the next one finds it up and without jobs."""
+    yield
+    _clusters.heal()
+
+
+@pytest.fixture(scope="session")
+def make_cluster(_clusters: Clusters) -> Callable[..., Cluster]:
+    """A cluster with some settings of scripts/slurm/start, as in make_cluster(MIN_JOB_AGE=2); made once."""
+
+    def make(**settings: object) -> Cluster:
+        try:
+            return _clusters(**settings)
+        except NotInstalled as error:
+            pytest.skip(str(error))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
+    """A SLURM cluster as a site has it."""
+    return make_cluster()
+
+
+@pytest.fixture(scope="session")
+def cluster_without_accounting(make_cluster: Callable[..., Cluster]) -> Cluster:
+    """A SLURM cluster without slurmdbd: sacct refuses."""
+    return make_cluster(ACCT="none")
