@@ -20,6 +20,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "lbi" / "plugins"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on a SLURM cluster come last: the others answer sooner, and no cluster runs beside them."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is not None)
+
+
 @pytest.fixture(autouse=True)
 def _no_account(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test may reach a real W&B account or depend on the caller's store."""
