@@ -1,0 +1,164 @@
+"""What dispatching costs: cells that do nothing, sent to the same SLURM cluster by lbi and by its peer.
+
+    python benchmarks/dispatch.py [--cells 200] [--sides peer,lbi] [--rounds 1]
+
+The peer is hydra-submitit-launcher, in an environment of its own with no more than it needs.
+The cluster is that of scripts/slurm, four virtual nodes on this machine; so the daemons and
+the jobs share its cores with the driver, and all their CPU time is counted. What a cell costs
+here is all overhead: the peer's task function returns at once, lbi's measuring process is a
+stand-in. Rounds alternate between the sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+from cost import Cost, Meter, measure, metering
+
+ROOT = Path(__file__).parent.parent
+PEER = ("hydra-submitit-launcher==1.2.0", "hydra-core==1.3.*", "submitit==1.5.4")
+PARALLEL = 256
+"""Jobs of an array that may run at a time: more than the cluster has cores, so that neither side is held back."""
+
+PEER_APP = """
+import hydra
+
+
+@hydra.main(version_base="1.3", config_path=None)
+def main(config):
+    pass
+
+
+main()
+"""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A way to run `cells` trivial cells. `finished` counts those that a run in a folder really did."""
+
+    name: str
+    command: list[str]
+    variables: Mapping[str, str]
+    finished: Callable[[Path], int]
+
+
+def peer(cells: int, folder: Path) -> Side:
+    """hydra-submitit-launcher, installed for this run only."""
+    environment = folder / "peer"
+    python = str(environment / "bin" / "python")
+    install([sys.executable, "-m", "venv", str(environment)])
+    install([python, "-m", "pip", "install", "--quiet", *PEER])
+    app = environment / "app.py"
+    app.write_text(PEER_APP)
+    command = [python, str(app), "-m", f"+cell=range({cells})", "hydra/launcher=submitit_slurm"]
+    command += [
+        f"hydra.launcher.array_parallelism={PARALLEL}",
+        "hydra.sweep.dir=sweep",
+        "hydra.launcher.timeout_min=60",
+    ]
+    return Side(PEER[0].replace("==", " "), command, {}, lambda run: len(list(run.glob("sweep/*/.hydra/config.yaml"))))
+
+
+def install(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout[-3000:]}")
+
+
+def lbi(cells: int, folder: Path) -> Side:
+    """This checkout, with the tests' stand-in for the measuring process."""
+    command = [sys.executable, "-m", "lbi", "-m", "model=tiny_random", "quality=off", "tracker=none"]
+    command += ["sweep.name=dispatch", f"workload.new_tokens=range(2,{cells + 2})", "hydra/launcher=lbi_slurm"]
+    command += [f"resources.array_parallelism={PARALLEL}"]
+    variables = {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fakes' / 'site'}",
+        "LBI_STORE": "lbi_store",
+        "LBI_TEST_SCRIPTS": "",
+    }
+
+    def finished(run: Path) -> int:
+        files = run.glob("lbi_store/runs/*/*/status.json")
+        return sum(json.loads(file.read_text())["status"] == "ok" for file in files)
+
+    return Side("lbi", command, variables, finished)
+
+
+SIDES: dict[str, Callable[[int, Path], Side]] = {"peer": peer, "lbi": lbi}
+
+
+@contextlib.contextmanager
+def cluster(folder: Path) -> Iterator[str]:
+    """A cluster for this run only; its SLURM_CONF."""
+    scripts = ROOT / "scripts" / "slurm"
+    started = subprocess.run(
+        [str(scripts / "start"), str(folder)],
+        env={**os.environ, "OWNER": str(os.getpid())},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if started.returncode:
+        raise SystemExit(started.returncode)
+    try:
+        yield started.stdout.strip().removeprefix("export SLURM_CONF=")
+    finally:
+        subprocess.run([str(scripts / "stop"), "--purge", str(folder)], stdout=subprocess.DEVNULL, check=False)
+
+
+def wait_idle(variables: Mapping[str, str]) -> None:
+    """Until the cluster has no jobs: the last ones end a little after their results are there."""
+    while subprocess.run(["squeue", "-h"], env=dict(variables), capture_output=True, check=True).stdout.strip():
+        time.sleep(0.2)
+
+
+def run(side: Side, cells: int, folder: Path, conf: str, meter: Meter) -> Cost:
+    """One round of one side, checked for having done all cells."""
+    folder.mkdir()
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LBI_", "SLURM"))}
+    variables |= {"SLURM_CONF": conf, **side.variables}
+    cost = measure(side.command, folder, variables, meter, settle=lambda: wait_idle(variables))
+    if side.finished(folder) != cells:
+        raise SystemExit(f"{side.name} finished {side.finished(folder)} of {cells} cells; its files are in {folder}")
+    return cost
+
+
+def main() -> None:
+    """Measure the sides in turn and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--cells", type=int, default=200)
+    parser.add_argument("--sides", default="peer,lbi")
+    parser.add_argument("--rounds", type=int, default=1)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="lbi-dispatch-") as name, metering() as meter:
+        folder = Path(name)
+        sides = [SIDES[side](given.cells, folder) for side in given.sides.split(",")]
+        with cluster(folder / "cluster") as conf:
+            print(f"{date.today()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {given.cells} cells")
+            print(f"CPU time is that of {meter.counts}.")
+            print(
+                "side                              wall s   CPU s   CPU s/cell   files   files/cell   CPU s of others"
+            )
+            for index in range(given.rounds):
+                for side in sides:
+                    cost = run(side, given.cells, folder / f"{side.name}-{index}".replace(" ", "-"), conf, meter)
+                    print(
+                        f"{side.name:<32}{cost.wall_s:>8.1f}{cost.cpu_s:>8.1f}{cost.cpu_s / given.cells:>13.3f}"
+                        f"{cost.files:>8}{cost.files / given.cells:>13.1f}{cost.others_cpu_s:>18.1f}",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()
