@@ -80,7 +80,7 @@ def install(command: list[str]) -> None:
 def lbi(cells: int, folder: Path) -> Side:
     """This checkout, with the tests' stand-in for the measuring process."""
     command = [sys.executable, "-m", "lbi", "-m", "model=tiny_random", "quality=off", "tracker=none"]
-    command += ["sweep.name=dispatch", f"workload.new_tokens=range(1,{cells + 1})", "hydra/launcher=lbi_slurm"]
+    command += ["sweep.name=dispatch", f"workload.new_tokens=range(2,{cells + 2})", "hydra/launcher=lbi_slurm"]
     command += [f"resources.array_parallelism={PARALLEL}"]
     variables = {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fakes' / 'site'}",
