@@ -1,12 +1,13 @@
 """What dispatching costs: cells that do nothing, sent to the same SLURM cluster by lbi and by its peer.
 
-    python benchmarks/dispatch.py [--cells 200] [--sides peer,lbi] [--rounds 1]
+    python benchmarks/dispatch.py [--cells 200] [--sides peer,lbi] [--rounds 1] [--scale 2000]
 
 The peer is hydra-submitit-launcher, in an environment of its own with no more than it needs.
 The cluster is that of scripts/slurm, four virtual nodes on this machine; so the daemons and
 the jobs share its cores with the driver, and all their CPU time is counted. What a cell costs
 here is all overhead: the peer's task function returns at once, lbi's measuring process is a
-stand-in. Rounds alternate between the sides.
+stand-in, in units of 25. Rounds alternate between the sides. --scale then submits so many
+cells through lbi alone, detached, and looks at them with `lbi status`.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def lbi(cells: int, folder: Path) -> Side:
     """This checkout, with the tests' stand-in for the measuring process."""
     command = [sys.executable, "-m", "lbi", "-m", "model=tiny_random", "quality=off", "tracker=none"]
     command += ["sweep.name=dispatch", f"workload.new_tokens=range(2,{cells + 2})", "hydra/launcher=lbi_slurm"]
-    command += [f"resources.array_parallelism={PARALLEL}"]
+    command += [f"resources.array_parallelism={PARALLEL}", "resources.runs_per_job=25"]
     variables = {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fakes' / 'site'}",
         "LBI_STORE": "lbi_store",
@@ -134,16 +135,56 @@ def run(side: Side, cells: int, folder: Path, conf: str, meter: Meter) -> Cost:
     return cost
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What one command took, and its output."""
+
+    wall_s: float
+    peak_mb: float
+    output: str
+
+
+def taken(command: list[str], folder: Path, variables: Mapping[str, str]) -> Taken:
+    """Run a command to its end; the peak memory is that of its own process."""
+    began = time.perf_counter()
+    with (folder / "output").open("w+") as output:
+        process = subprocess.Popen(command, cwd=folder, env=dict(variables), stdout=output, stderr=subprocess.STDOUT)
+        _, _, usage = os.wait4(process.pid, 0)
+        wall_s = time.perf_counter() - began
+        output.seek(0)
+        return Taken(wall_s, usage.ru_maxrss / 1024, output.read())
+
+
+def scale(cells: int, folder: Path, conf: str) -> None:
+    """Submit many cells, let go, and look at them while they run and when they are done."""
+    folder.mkdir()
+    side = lbi(cells, folder)
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LBI_", "SLURM"))}
+    variables |= {"SLURM_CONF": conf, **side.variables}
+    look = [sys.executable, "-m", "lbi", "status", "dispatch"]
+    submitted = taken([*side.command, "sweep.wait=false"], folder, variables)
+    print(f"\n{cells} cells: planned and submitted in {submitted.wall_s:.1f} s, {submitted.peak_mb:.0f} MB at the peak")
+    time.sleep(10)
+    running = taken(look, folder, variables)
+    print(f"status while they run: {running.wall_s:.2f} s; {running.output.splitlines()[0]}")
+    wait_idle(variables)
+    done = taken(look, folder, variables)
+    print(f"status when done: {done.wall_s:.2f} s; {done.output.splitlines()[0]}")
+    if side.finished(folder) != cells:
+        raise SystemExit(f"{side.finished(folder)} of {cells} cells are done")
+
+
 def main() -> None:
     """Measure the sides in turn and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cells", type=int, default=200)
     parser.add_argument("--sides", default="peer,lbi")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--scale", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lbi-dispatch-") as name, metering() as meter:
         folder = Path(name)
-        sides = [SIDES[side](given.cells, folder) for side in given.sides.split(",")]
+        sides = [SIDES[side](given.cells, folder) for side in given.sides.split(",") if side]
         with cluster(folder / "cluster") as conf:
             print(f"{date.today()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {given.cells} cells")
             print(f"CPU time is that of {meter.counts}.")
@@ -158,6 +199,8 @@ def main() -> None:
                         f"{cost.files:>8}{cost.files / given.cells:>13.1f}{cost.others_cpu_s:>18.1f}",
                         flush=True,
                     )
+            if given.scale:
+                scale(given.scale, folder / "scale", conf)
 
 
 if __name__ == "__main__":
