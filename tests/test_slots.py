@@ -105,13 +105,50 @@ def units(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> MakeUnits:
     return made
 
 
+@pytest.fixture
+def taken() -> Iterator[Callable[..., list[GpuLock]]]:
+    """Take the locks of some GPUs, as another driver would. Given back in time for a test to fail, not hang."""
+    timers = []
+
+    def take(*uuids: str, seconds: float = 30.0) -> list[GpuLock]:
+        locks = [GpuLock(uuid) for uuid in uuids]
+        assert all(lock.acquire() for lock in locks)
+        for lock in locks:
+            timers.append(threading.Timer(seconds, lock.release))
+            timers[-1].start()
+        return locks
+
+    yield take
+    for timer in timers:
+        timer.cancel()
+        timer.function()
+
+
 def tasks_of(units: list[Unit]) -> list[Task]:
     return [task for unit in units for task in unit.tasks]
 
 
-def execute(units: list[Unit], store: Store) -> tuple[list[Event], Stop]:
+def execute(
+    units: list[Unit], store: Store, on_event: Callable[[list[Event]], object] = lambda events: None
+) -> tuple[list[Event], Stop]:
     events: list[Event] = []
-    return events, LocalExecutor().execute(units, store, events.append, time.time())
+
+    def report(event: Event) -> None:
+        events.append(event)
+        on_event(events)
+
+    return events, LocalExecutor().execute(units, store, report, time.time())
+
+
+def interrupts(kind: str, count: int, *delays: float) -> Callable[[list[Event]], None]:
+    """Ctrl-C at the given event of a kind, after each of the delays. A child is up at its phase's event."""
+
+    def look(events: list[Event]) -> None:
+        if events[-1].kind == kind and [event.kind for event in events].count(kind) == count:
+            for delay in delays:
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    return look
 
 
 def places(units: list[Unit], store: Store) -> list[dict[str, Any]]:
@@ -149,7 +186,7 @@ def statuses(units: list[Unit], store: Store) -> list[str | None]:
 
 
 def test_every_gpu_is_used_by_one_run_at_a_time(units: MakeUnits, store: Store) -> None:
-    made = units()
+    made = units(script=["meet4"] * 4 + ["place"] * 4)
     events, _ = execute(made, store)
     seen = places(made, store)
     assert {place["CUDA_VISIBLE_DEVICES"] for place in seen} == set(UUIDS)
@@ -171,7 +208,7 @@ def test_tasks_are_taken_in_their_order_the_baseline_first(units: MakeUnits, sto
 
 
 def test_all_slots_take_from_the_front_of_one_queue(units: MakeUnits, store: Store) -> None:
-    made = units("quantizer=int8_wo,none", count=4)
+    made = units("quantizer=int8_wo,none", script=["place", "meet4"] * 4, count=4)
     events, _ = execute(made, store)
     started = [event.task.cell for event in events if event.kind == "start"]
     assert set(started[:4]) == {1, 3, 5, 7}
@@ -179,25 +216,23 @@ def test_all_slots_take_from_the_front_of_one_queue(units: MakeUnits, store: Sto
 
 
 def test_fewer_gpus_on_request_and_more_than_there_are_is_refused(units: MakeUnits, store: Store) -> None:
-    made = units("resources.gpus=2", count=4)
+    made = units("resources.gpus=2", script="meet2", count=2)
     execute(made, store)
     assert len({place["CUDA_VISIBLE_DEVICES"] for place in places(made, store)}) == 2
     with pytest.raises(InputError, match=r"resources.gpus=5: .*4 × Fake H200"):
         execute(units("resources.gpus=5"), store)
 
 
-def test_a_gpu_that_is_free_is_taken_before_one_that_is_not(units: MakeUnits, store: Store) -> None:
-    other = GpuLock(UUIDS[0])
-    assert other.acquire()
+def test_a_gpu_that_is_free_is_taken_before_one_that_is_not(units: MakeUnits, store: Store, taken: Any) -> None:
+    taken(UUIDS[0])
     made = units("resources.gpus=1", count=1)
     execute(made, store)
     assert places(made, store)[0]["CUDA_VISIBLE_DEVICES"] == UUIDS[1]
-    other.release()
 
 
 def test_another_kind_of_gpu_is_left_alone(units: MakeUnits, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "gpus", lambda: [*CARDS[:2], {**CARDS[2], "name": "Fake T4"}])
-    made = units(count=4)
+    made = units(script=["meet2"] * 2 + ["place"] * 2, count=4)
     execute(made, store)
     assert {place["CUDA_VISIBLE_DEVICES"] for place in places(made, store)} == set(UUIDS[:2])
 
@@ -206,10 +241,8 @@ def test_no_more_slots_than_tasks(units: MakeUnits, store: Store, monkeypatch: p
     opened = []
     run_slot = local.run_slot
     monkeypatch.setattr(local, "run_slot", lambda work, slot: (opened.append(slot.number), run_slot(work, slot)))
-    made = units(count=2)
-    execute(made, store)
+    execute(units(count=2), store)
     assert opened == [0, 1]
-    assert len({place["CUDA_VISIBLE_DEVICES"] for place in places(made, store)}) == 2
 
 
 def test_two_drivers_never_meet_on_a_gpu(
@@ -232,19 +265,22 @@ def test_two_drivers_never_meet_on_a_gpu(
     assert_one_at_a_time(seen)
 
 
-def test_a_gpu_in_use_is_waited_for_and_its_user_named(units: MakeUnits, store: Store) -> None:
-    others = [GpuLock(uuid) for uuid in UUIDS]
-    assert all(lock.acquire() for lock in others)
-    threading.Timer(0.8, others[0].release).start()
+def test_a_gpu_in_use_is_waited_for_and_its_user_named(units: MakeUnits, store: Store, taken: Any) -> None:
+    began = time.monotonic()
+    locks = taken(*UUIDS)
     made = units("resources.gpus=2", count=2)
-    events, _ = execute(made, store)
+
+    def look(events: list[Event]) -> None:
+        if {event.slot for event in events} == {0, 1}:
+            locks[0].release()
+
+    events, _ = execute(made, store, look)
     waits = [event for event in events if event.kind == "wait"]
     assert {event.slot for event in waits} == {0, 1}
     assert all(f"process {os.getpid()}" in event.text for event in waits)
     # The slot whose GPU stays taken does not sit on a task: the other has done both.
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places(made, store)] == [UUIDS[0]] * 2
-    for lock in others:
-        lock.release()
+    assert time.monotonic() - began < 25
 
 
 def test_a_lock_outlives_nobody_and_is_open_to_every_user(tmp_path: Path) -> None:
@@ -272,43 +308,37 @@ def test_a_lock_outlives_nobody_and_is_open_to_every_user(tmp_path: Path) -> Non
     lock.release()
     assert lock.path.exists()
     # A link in a folder that everybody may write to is not followed.
+    (tmp_path / "victim").write_text("whole")
     (tmp_path / "locks" / "lbi-gpu-GPU-y.lock").symlink_to(tmp_path / "victim")
     with pytest.raises(InputError, match="lock"):
         GpuLock("GPU-y").acquire()
-    assert not (tmp_path / "victim").exists()
+    assert (tmp_path / "victim").read_text() == "whole"
 
 
 def test_ctrl_c_ends_all_running_children_cleanly_and_starts_no_more(units: MakeUnits, store: Store) -> None:
     made = units(script="hang", count=6)
-    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
-    _, stop = execute(made, store)
+    _, stop = execute(made, store, interrupts("phase", 4, 0.0))
     assert stop.wanted
     assert not stop.now
     assert statuses(made, store) == ["cancelled"] * 4 + [None] * 2
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
 
 
 def test_a_second_ctrl_c_does_not_wait_for_grace(units: MakeUnits, store: Store) -> None:
     made = units("resources.stop_grace_s=600", script="stubborn", count=6)
-    for delay in (1.5, 2.0):
-        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
-    _, stop = execute(made, store)
+    _, stop = execute(made, store, interrupts("phase", 4, 0.0, 0.5))
     assert stop.now
     assert statuses(made, store) == ["cancelled"] * 4 + [None] * 2
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
 
 
-def test_ctrl_c_ends_the_wait_for_a_gpu(units: MakeUnits, store: Store) -> None:
-    others = [GpuLock(uuid) for uuid in UUIDS]
-    assert all(lock.acquire() for lock in others)
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+def test_ctrl_c_ends_the_wait_for_a_gpu(units: MakeUnits, store: Store, taken: Any) -> None:
+    taken(*UUIDS)
     made = units(count=2)
-    execute(made, store)
+    execute(made, store, interrupts("wait", 1, 0.0))
     assert statuses(made, store) == [None, None]
-    for lock in others:
-        lock.release()
 
 
 def test_a_slot_that_fails_is_heard_of_and_the_others_finish(
@@ -329,14 +359,15 @@ def test_a_slot_that_fails_is_heard_of_and_the_others_finish(
     assert all(GpuLock(uuid).is_free() for uuid in UUIDS)
 
 
-def test_a_reference_that_two_slots_need_is_computed_once(units: MakeUnits, store: Store) -> None:
-    for seed, (reference, known) in enumerate((("reference", True), ("none", False))):
-        made = units("cache=dynamic,static", f"model.seed={seed}", count=1, reference=reference)
-        events, _ = execute(made, store)
-        assert [event.kind for event in events].count("reference") == 1
-        seen = places(made, store)
-        assert len({place["CUDA_VISIBLE_DEVICES"] for place in seen}) == 2
-        assert [place["reference_problem"] is None for place in seen] == [known] * 2
+@pytest.mark.parametrize("reference", ["reference", "none"])
+def test_a_reference_that_two_slots_need_is_computed_once(units: MakeUnits, store: Store, reference: str) -> None:
+    """Also where it fails: the second slot takes the first one's word for it."""
+    made = units("cache=dynamic,static", script="meet2", count=1, reference=reference)
+    events, _ = execute(made, store)
+    assert [event.kind for event in events].count("reference") == 1
+    seen = places(made, store)
+    assert len({place["CUDA_VISIBLE_DEVICES"] for place in seen}) == 2
+    assert [place["reference_problem"] is None for place in seen] == [reference == "reference"] * 2
 
 
 needs_cores = pytest.mark.skipif(
@@ -346,7 +377,7 @@ needs_cores = pytest.mark.skipif(
 
 @needs_cores
 def test_cpu_slots_have_cores_of_their_own(units: MakeUnits, store: Store) -> None:
-    made = units("engine.device=cpu", "resources.slots=2", count=4)
+    made = units("engine.device=cpu", "resources.slots=2", script=["meet2"] * 2 + ["place"] * 2, count=4)
     execute(made, store)
     seen = places(made, store)
     share = environment.cores() // 2
@@ -417,14 +448,13 @@ def test_no_two_slots_share_a_physical_core(monkeypatch: pytest.MonkeyPatch, tmp
     assert [len(slot.cores) for slot in slots._cpu_slots(3)] == [2, 2, 2]
 
 
-def test_cpu_runs_on_a_machine_with_gpus_need_no_gpu_and_run_apart(units: MakeUnits, store: Store) -> None:
-    others = [GpuLock(uuid) for uuid in UUIDS]
-    assert all(lock.acquire() for lock in others)
+def test_cpu_runs_on_a_machine_with_gpus_need_no_gpu_and_run_apart(units: MakeUnits, store: Store, taken: Any) -> None:
+    taken(*UUIDS)
+    began = time.monotonic()
     made = units("engine.device=cpu", count=1)
     execute(made, store)
     assert statuses(made, store) == ["ok"]
-    for lock in others:
-        lock.release()
+    assert time.monotonic() - began < 25
     made = units("engine.device=cuda,cpu", count=2, script=["place"] * 4)
     devices = [[task.config.engine.device for task in tasks] for tasks in batches(made)]
     assert sorted(devices) == [["cpu", "cpu"], ["cuda", "cuda"]]
@@ -533,9 +563,9 @@ def test_nvml_may_be_absent_or_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_can_be_made_to_wait_until_the_gpu_is_free(
     units: MakeUnits, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made = units("resources.foreign=wait", "resources.gpus=1", count=1)
     gone = time.monotonic() + 1.0
     monkeypatch.setattr(gpu_processes, "listed", lambda uuid: {4711} if time.monotonic() < gone else set())
-    made = units("resources.foreign=wait", "resources.gpus=1", count=1)
     events, _ = execute(made, store)
     assert [event.text for event in events if event.kind == "wait"] == [f"{UUIDS[0]} is used by process 4711"]
     assert places(made, store)[0]["began"] >= gone

@@ -34,6 +34,15 @@ def good(folder: Path) -> None:
     write(folder, "verdict.json", status="ok", reason="")
 
 
+def meet(hall: Path, wanted: int) -> None:
+    """Wait until so many children are there at once, or long enough to know that they will not be."""
+    hall.mkdir(exist_ok=True)
+    (hall / str(os.getpid())).touch()
+    deadline = time.monotonic() + 20
+    while len(list(hall.iterdir())) < wanted and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def main(folder: Path, script: str) -> None:
     write(folder, "progress.json", phase="measure", since=time.time())
     if script.endswith("_once"):
@@ -44,9 +53,9 @@ def main(folder: Path, script: str) -> None:
     elif script == "slow":
         time.sleep(1.0)
         good(folder)
-    elif script == "place":
+    elif script == "place" or script.startswith("meet"):
         began = time.monotonic()
-        time.sleep(0.3)
+        meet(folder.parents[3] / "met", int(script.removeprefix("meet"))) if script != "place" else time.sleep(0.3)
         place = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         write(folder, "place.json", **place, cores=cores, began=began, ended=time.monotonic())
