@@ -85,6 +85,8 @@ def _model() -> Iterator[str]:
 def _tools() -> None:
     compiler = next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
     print(f"Compiler   {compiler or 'no C++ compiler: compiler=inductor on a CPU cannot run'}")
+    slurm = shutil.which("sbatch")
+    print(f"SLURM      {slurm or 'no sbatch: hydra/launcher=lbi_slurm cannot run from here'}")
     key = "an API key in the environment" if os.environ.get("WANDB_API_KEY") else "no WANDB_API_KEY: see wandb login"
     print(f"W&B        {key}; without a key results are kept offline")
 

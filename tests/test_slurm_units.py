@@ -12,14 +12,15 @@ import pytest
 from lbi import environment, sites, snapshot
 from lbi.compose import Composed
 from lbi.executors import scheduler
-from lbi.executors.reconcile import endings
+from lbi.executors.follow import Follower
+from lbi.executors.reconcile import Ending, endings
 from lbi.executors.scheduler import Job
 from lbi.executors.slurm import SlurmExecutor, parameters
 from lbi.identity import digest
 from lbi.plan import Plan, make_plan
-from lbi.schedule import Durations, make_units
-from lbi.store import Store
-from lbi.submissions import Array, Submissions, marked_submitted, note_job
+from lbi.schedule import Durations, Unit, make_units
+from lbi.store import Result, Store
+from lbi.submissions import Array, CellRef, Submissions, marked_submitted, note_job
 from lbi.worker import Task
 
 
@@ -284,3 +285,46 @@ def test_tasks_of_a_living_job_are_not_submitted_again(
     executor.scheduler = FakeScheduler({"7_0": "RUNNING", "7_1": "FAILED"})  # type: ignore[assignment]
     _, wanted = executor._begin(submissions, make_units(plan.cells, pack=True))
     assert [task.run_id for unit in wanted for task in unit.tasks] == [plan.cells[1].run_id]
+
+
+class FakeExecutor:
+    """Notes what is submitted."""
+
+    sweep = "name"
+
+    def __init__(self) -> None:
+        self.submitted: list[tuple[list[list[int]], list[str]]] = []
+
+    def submit(self, units: Sequence[Unit], store: Store, since: float, exclude: Sequence[str]) -> int:
+        self.submitted.append(([[task.cell for task in unit.tasks] for unit in units], list(exclude)))
+        return len(units)
+
+
+def test_a_node_with_three_failed_runs_is_left_out(on_cluster: Callable[..., Plan], store: Store) -> None:
+    tasks = tasks_of(on_cluster("workload.new_tokens=8,9,10,11"))
+    executor = FakeExecutor()
+    follower = Follower(executor, store, {task.run_id: task for task in tasks}, 0.0, lambda event: None)  # type: ignore[arg-type]
+    for count, task in enumerate(tasks[:3], start=1):
+        result = Result(task.run_id, task.env_id, "lost", "", 1, 1.0, 0.0, store.root, host="bad")
+        follower._blame(result)
+        follower._blame(result)
+        follower._submit([tasks[3]])
+        assert executor.submitted[-1][1] == (["bad"] if count == 3 else [])
+
+
+def test_the_run_that_took_its_job_down_is_submitted_alone(on_cluster: Callable[..., Plan], store: Store) -> None:
+    tasks = tasks_of(on_cluster("workload.new_tokens=8,9,10", "resources.requeues=1"))
+    executor = FakeExecutor()
+    follower = Follower(executor, store, {task.run_id: task for task in tasks}, 0.0, lambda event: None)  # type: ignore[arg-type]
+    cells = [CellRef(task.cell, task.name, task.run_id, task.env_id) for task in tasks]
+    job = Job("7", "FAILED", "n1")
+    begun = Ending(cells[0], "lost", "why", store.claim(tasks[0].run_id, tasks[0].env_id, {}))
+    assert follower._again(begun, job, blameless=True)
+    for _ in range(9):
+        # Never its own fault, so never given up.
+        assert follower._again(Ending(cells[1], "", "why", None), job, blameless=True)
+    follower._submit(tasks)
+    assert executor.submitted[0][0] == [[0], [1, 2]]
+    again = Ending(cells[0], "lost", "why", store.claim(tasks[0].run_id, tasks[0].env_id, {}))
+    assert not follower._again(again, job, blameless=True)
+    assert follower.given_up == {tasks[0].run_id}
