@@ -15,7 +15,7 @@ from typing import Any
 from lbi.config import AXES
 from lbi.files import write_bytes, write_text
 from lbi.metrics import METRICS, WITH_ERROR, WITH_INTERVAL
-from lbi.store import Store
+from lbi.store import UNFINISHED, Store
 from lbi.sweep_folder import environments, find_result, read_plan
 from lbi.verdicts import DUPLICATE, PRUNED
 
@@ -74,11 +74,12 @@ def _row(store: Store, cell: dict[str, Any], found: Sequence[str]) -> Row:
     }
     if cell["verdict"] in (PRUNED, DUPLICATE):
         return row | {"status": cell["verdict"].lower()}
-    for env_id in dict.fromkeys((cell["env_id"], *found)):
-        running = store.running(cell["run_id"], env_id)
-        if running:
-            return row | {"status": "running", "reason": "", "folder": str(running), "env_id": env_id}
     result = find_result(store, found, cell["run_id"], cell["env_id"])
+    if result is None or result.status in UNFINISHED:
+        for env_id in dict.fromkeys((cell["env_id"], *found)):
+            running = store.running(cell["run_id"], env_id)
+            if running:
+                return row | {"status": "running", "reason": "", "folder": str(running), "env_id": env_id}
     if result is None:
         return row
     row |= {
