@@ -110,6 +110,8 @@ def test_fewer_gpus_on_request_and_more_than_there_are_is_refused(units: MakeUni
     assert len({place["CUDA_VISIBLE_DEVICES"] for place in places(made, store)}) == 2
     with pytest.raises(InputError, match=r"resources.gpus=5: .*4 × Fake H200"):
         execute(units("resources.gpus=5"), store)
+    with pytest.raises(InputError, match=r"resources.gpus=0: .*4 × Fake H200"):
+        slots._gpu_slots(0)
 
 
 def test_a_gpu_that_is_free_is_taken_before_one_that_is_not(units: MakeUnits, store: Store, taken: Any) -> None:
