@@ -115,8 +115,8 @@ def _gpu_slots(wanted: int | None) -> list[Slot]:
     cards = environment.gpus()
     # One env_id stands for all of them, so they must be of one kind.
     alike = [card for card in cards if card["name"] == cards[0]["name"]]
-    count = wanted or len(alike)
-    if count > len(alike):
+    count = len(alike) if wanted is None else wanted
+    if not 1 <= count <= len(alike):
         raise InputError(
             "resources.gpus", count, f"this process may use {len(alike)} × {cards[0]['name']}", "null takes all of them"
         )

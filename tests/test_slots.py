@@ -2,55 +2,40 @@
 
 from __future__ import annotations
 
-import io
-import itertools
-import json
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
+from fakes.driver import (
+    CARDS,
+    UUIDS,
+    assert_one_at_a_time,
+    at_once,
+    execute,
+    interrupts,
+    make_driver_units,
+    places,
+    statuses,
+    tasks_of,
+)
 
-from lbi import children, environment, gpu_processes, slots
-from lbi.children import Started, Stop
-from lbi.config import LbiConfig
+from lbi import environment, gpu_processes, slots
 from lbi.errors import InputError
 from lbi.executors import local
-from lbi.executors.local import LocalExecutor, batches
+from lbi.executors.local import batches
 from lbi.gpu_lock import GpuLock
-from lbi.gpu_processes import ForeignWatch
 from lbi.plan import Plan
 from lbi.process import child_environment
-from lbi.report import terminal
-from lbi.schedule import Unit, make_units
+from lbi.schedule import Unit
 from lbi.store import Store
-from lbi.worker import Event, Task
-
-CHILD = Path(__file__).parent / "fakes" / "child.py"
-
-CARDS = [
-    {
-        "name": "Fake H200",
-        "uuid": f"GPU-{number}{'0' * 7}-1",
-        "driver": "1",
-        "memory_bytes": 1,
-        "compute_capability": "9",
-    }
-    for number in range(4)
-]
-UUIDS = [card["uuid"] for card in CARDS]
+from lbi.worker import Event
 
 MakePlan = Callable[..., Plan]
 MakeUnits = Callable[..., list[Unit]]
@@ -67,42 +52,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def units(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> MakeUnits:
-    """Units whose children follow the given scripts, in order of the grid."""
-    scripts: dict[str, str] = {}
-
-    def start(self: Any, module: str, folder: Path, log: Path, config: LbiConfig, caches: Path) -> Started:
-        script = scripts["reference"] if module == "lbi.reference" else scripts[config.workload.name]
-        with log.open("a") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-S", str(CHILD), str(folder), script],
-                stdout=output,
-                stderr=output,
-                env=child_environment(config, caches, self.slot.variables()),
-                start_new_session=True,
-            )
-        return Started(process, "a stand-in")
-
-    monkeypatch.setattr(children.Starter, "start", start)
-
-    def made(*arguments: str, script: str | list[str] = "place", count: int = 8, reference: str = "none") -> list[Unit]:
-        lengths = ",".join(str(8 + number) for number in range(count))
-        found = make_units(
-            plan("engine.device=cuda", f"workload.new_tokens={lengths}", "quality=off", *arguments).cells
-        )
-        per_cell = [script] * 99 if isinstance(script, str) else script
-        named = []
-        for unit in found:
-            tasks = []
-            for task in unit.tasks:
-                name = f"cell{task.cell}"
-                scripts[name] = per_cell[task.cell]
-                workload = replace(task.config.workload, name=name)
-                tasks.append(replace(task, config=replace(task.config, workload=workload)))
-            named.append(Unit(unit.name, tuple(tasks)))
-        scripts["reference"] = reference
-        return named
-
-    return made
+    return make_driver_units(plan, monkeypatch)
 
 
 @pytest.fixture
@@ -122,67 +72,6 @@ def taken() -> Iterator[Callable[..., list[GpuLock]]]:
     for timer in timers:
         timer.cancel()
         timer.function()
-
-
-def tasks_of(units: list[Unit]) -> list[Task]:
-    return [task for unit in units for task in unit.tasks]
-
-
-def execute(
-    units: list[Unit], store: Store, on_event: Callable[[list[Event]], object] = lambda events: None
-) -> tuple[list[Event], Stop]:
-    events: list[Event] = []
-
-    def report(event: Event) -> None:
-        events.append(event)
-        on_event(events)
-
-    return events, LocalExecutor().execute(units, store, report, time.time())
-
-
-def interrupts(kind: str, count: int, *delays: float) -> Callable[[list[Event]], None]:
-    """Ctrl-C at the given event of a kind, after each of the delays. A child is up at its phase's event."""
-
-    def look(events: list[Event]) -> None:
-        if events[-1].kind == kind and [event.kind for event in events].count(kind) == count:
-            for delay in delays:
-                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
-
-    return look
-
-
-def places(units: list[Unit], store: Store) -> list[dict[str, Any]]:
-    """What each task's child saw, in the tasks' order."""
-    found = []
-    for task in tasks_of(units):
-        result = store.result(task.run_id, task.env_id)
-        assert result is not None
-        assert result.ok, result
-        place, env, config = (
-            json.loads((result.folder / name).read_text()) for name in ("place.json", "env.json", "config.json")
-        )
-        found.append({**place, "env": env, **{name: config[name] for name in ("slot", "reference_problem")}})
-    return found
-
-
-def assert_one_at_a_time(seen: list[dict[str, Any]]) -> None:
-    on_gpu = defaultdict(list)
-    for place in seen:
-        on_gpu[place["CUDA_VISIBLE_DEVICES"]].append((place["began"], place["ended"]))
-    for stretches in on_gpu.values():
-        stretches.sort()
-        for (_, ended), (began, _) in itertools.pairwise(stretches):
-            assert ended <= began
-
-
-def at_once(seen: list[dict[str, Any]]) -> int:
-    """How many children ran at the same time, at most."""
-    return max(sum(one["began"] <= other["began"] < one["ended"] for one in seen) for other in seen)
-
-
-def statuses(units: list[Unit], store: Store) -> list[str | None]:
-    results = [store.result(task.run_id, task.env_id) for task in tasks_of(units)]
-    return [result.status if result else None for result in results]
 
 
 def test_every_gpu_is_used_by_one_run_at_a_time(units: MakeUnits, store: Store) -> None:
@@ -221,6 +110,8 @@ def test_fewer_gpus_on_request_and_more_than_there_are_is_refused(units: MakeUni
     assert len({place["CUDA_VISIBLE_DEVICES"] for place in places(made, store)}) == 2
     with pytest.raises(InputError, match=r"resources.gpus=5: .*4 × Fake H200"):
         execute(units("resources.gpus=5"), store)
+    with pytest.raises(InputError, match=r"resources.gpus=0: .*4 × Fake H200"):
+        slots._gpu_slots(0)
 
 
 def test_a_gpu_that_is_free_is_taken_before_one_that_is_not(units: MakeUnits, store: Store, taken: Any) -> None:
@@ -281,38 +172,6 @@ def test_a_gpu_in_use_is_waited_for_and_its_user_named(units: MakeUnits, store: 
     # The slot whose GPU stays taken does not sit on a task: the other has done both.
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places(made, store)] == [UUIDS[0]] * 2
     assert time.monotonic() - began < 25
-
-
-def test_a_lock_outlives_nobody_and_is_open_to_every_user(tmp_path: Path) -> None:
-    lock = GpuLock("GPU-x")
-    holder = (
-        "import sys, tempfile, time\n"
-        f"tempfile.tempdir = {tempfile.gettempdir()!r}\n"
-        "from lbi.gpu_lock import GpuLock\n"
-        "print(GpuLock('GPU-x').acquire(), flush=True)\n"
-        "held = GpuLock('GPU-x'); held.acquire(); print('held', flush=True); time.sleep(600)"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
-    )
-    assert other.stdout is not None
-    assert [other.stdout.readline().strip() for _ in range(2)] == ["True", "held"]
-    assert not lock.acquire()
-    assert f"process {other.pid}" in lock.owner()
-    assert lock.path.stat().st_mode & 0o777 == 0o666
-    other.kill()
-    other.wait()
-    other.stdout.close()
-    assert lock.acquire()
-    assert not GpuLock("GPU-x").acquire()
-    lock.release()
-    assert lock.path.exists()
-    # A link in a folder that everybody may write to is not followed.
-    (tmp_path / "victim").write_text("whole")
-    (tmp_path / "locks" / "lbi-gpu-GPU-y.lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(InputError, match="lock"):
-        GpuLock("GPU-y").acquire()
-    assert (tmp_path / "victim").read_text() == "whole"
 
 
 def test_ctrl_c_ends_all_running_children_cleanly_and_starts_no_more(units: MakeUnits, store: Store) -> None:
@@ -460,106 +319,6 @@ def test_cpu_runs_on_a_machine_with_gpus_need_no_gpu_and_run_apart(units: MakeUn
     assert sorted(devices) == [["cpu", "cpu"], ["cuda", "cuda"]]
 
 
-@pytest.mark.parametrize(
-    ("named", "expected"),
-    [
-        (None, [0, 1, 2, 3]),
-        ("", []),
-        ("2", [2]),
-        ("3,1", [3, 1]),
-        ("1,9,2", [1]),
-        ("-1", []),
-        ("NoDevFiles", []),
-        (UUIDS[2], [2]),
-        (f"{UUIDS[3][:6]},0", [3, 0]),
-        ("GPU-nope,0", []),
-    ],
-)
-def test_cuda_visible_devices_of_the_driver_decides_which_gpus_are_used(named: str | None, expected: list[int]) -> None:
-    assert environment.visible(CARDS, named) == [CARDS[index] for index in expected]
-
-
-def test_a_slice_of_a_gpu_keeps_its_name(units: MakeUnits) -> None:
-    (card,) = environment.visible(CARDS, "MIG-abc")
-    assert slots.Slot(0, 1, card).variables() == {"CUDA_VISIBLE_DEVICES": "MIG-abc"}
-
-
-@pytest.fixture
-def stranger() -> Iterator[int]:
-    """A process that is none of ours."""
-    process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
-    yield process.pid
-    process.kill()
-    process.wait()
-    assert process.stdin is not None
-    process.stdin.close()
-
-
-def watched(monkeypatch: pytest.MonkeyPatch, *looks: set[int] | None) -> tuple[set[int], dict[str, Any]]:
-    """What a watch finds in one sample, NVML giving these lists in turn; then its report."""
-    answers = iter(looks)
-    monkeypatch.setattr(gpu_processes, "current_gpu", lambda: UUIDS[0])
-    monkeypatch.setattr(gpu_processes, "listed", lambda uuid: next(answers))
-    watch = ForeignWatch("cuda")
-    with watch:
-        pass
-    return watch.during, watch.report()
-
-
-def test_a_stranger_on_the_gpu_is_noticed(monkeypatch: pytest.MonkeyPatch, stranger: int) -> None:
-    me = os.getpid()
-    for looks in (({me, stranger}, {me}), ({me}, {me, stranger}), ({me, stranger}, {me, stranger})):
-        during, report = watched(monkeypatch, *looks)
-        assert during == {stranger}
-        assert (report["gpu"], report["foreign_gpu"]) == (UUIDS[0], "seen")
-        assert str(stranger) in report["foreign_gpu_detail"]
-
-
-def test_a_helper_of_our_own_is_no_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
-    helper = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
-    both = {os.getpid(), helper.pid}
-    assert watched(monkeypatch, both, both) == (set(), {"gpu": UUIDS[0], "foreign_gpu": "none"})
-    helper.communicate()
-
-
-def test_what_cannot_be_known_is_said_and_void_nothing(monkeypatch: pytest.MonkeyPatch, stranger: int) -> None:
-    # Neither a list without ourselves, which is of another pid namespace, nor none at all.
-    for look, why in (({stranger}, "pid namespace"), (set(), "pid namespace"), (None, "NVML")):
-        during, report = watched(monkeypatch, look, look)
-        assert during == set()
-        assert report["foreign_gpu"] == "unknown"
-        assert why in report["foreign_gpu_detail"]
-    assert ForeignWatch("cpu").report() == {}
-
-
-def test_nvml_may_be_absent_or_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    class NVMLError(Exception):
-        pass
-
-    def fail(*_: object) -> None:
-        raise NVMLError
-
-    working = {
-        "NVMLError": NVMLError,
-        "nvmlInit": lambda: None,
-        "nvmlDeviceGetHandleByUUID": lambda uuid: f"handle of {uuid}",
-        "nvmlDeviceGetComputeRunningProcesses": lambda handle: [SimpleNamespace(pid=4711), SimpleNamespace(pid=12)],
-    }
-    monkeypatch.undo()
-
-    def ask(module: object) -> set[int] | None:
-        gpu_processes.nvml_handle.cache_clear()
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, "pynvml", module)
-            return gpu_processes.listed(UUIDS[0])
-
-    assert ask(SimpleNamespace(**working)) == {12, 4711}
-    assert ask(None) is None
-    for name in ("nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetComputeRunningProcesses"):
-        assert ask(SimpleNamespace(**{**working, name: fail})) is None
-    gpu_processes.nvml_handle.cache_clear()
-
-
 def test_a_run_can_be_made_to_wait_until_the_gpu_is_free(
     units: MakeUnits, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -580,55 +339,3 @@ def test_otherwise_a_run_does_not_wait_for_strangers(
     events, _ = execute(made, store)
     assert "wait" not in {event.kind for event in events}
     assert statuses(made, store) == ["ok"]
-
-
-def event(kind: str, cell: int, slot: int, text: str = "") -> Any:
-    result = SimpleNamespace(ok=False, status="crash", reason="for show", seconds=1.0) if kind == "end" else None
-    task = SimpleNamespace(cell=cell, name=f"name{cell}")
-    return SimpleNamespace(kind=kind, task=task, text=text, result=result, slot=slot)
-
-
-@pytest.fixture
-def live(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A display of 40 runs; what it prints is in `.out.file`."""
-    console = Console(file=io.StringIO(), width=200, highlight=False)
-    monkeypatch.setattr(terminal, "console", lambda: console)
-    with terminal.Live(40, store, "sweep") as made:
-        yield made
-
-
-def test_the_moving_line_shows_every_slot(live: Any) -> None:
-    def line(*events: Any) -> str:
-        for one in events:
-            live.report(one)
-        return str(live.progress.tasks[0].description)
-
-    assert line(event("start", 1, 0), event("phase", 1, 0, "measure")) == "name1: measure"
-    assert line(event("start", 2, 1), event("phase", 2, 1, "load")) == "2 running: name1 (measure), name2 (load)"
-    assert line(event("wait", 3, 2, "GPU x is used")).startswith("3 running: ")
-    assert line(event("end", 3, 0)) == "name2: load"
-    assert line(event("end", 2, 1)) == ""
-
-
-def test_events_of_several_threads_do_not_mix(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = live.progress.update
-
-    def slow(*arguments: Any, **changes: Any) -> None:
-        update(*arguments, **changes)
-        time.sleep(0.001)
-
-    monkeypatch.setattr(live.progress, "update", slow)
-
-    def work(slot: int) -> None:
-        for cell in range(slot * 10, slot * 10 + 10):
-            for kind in ("start", "phase", "end"):
-                live.report(event(kind, cell, slot, "measure"))
-
-    threads = [threading.Thread(target=work, args=(slot,)) for slot in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    ended = [line for line in live.out.file.getvalue().splitlines() if "crash" in line]
-    assert [line.split()[0] for line in ended] == [f"[{number}/40]" for number in range(1, 41)]
-    assert sorted(line.split()[1] for line in ended) == sorted(f"name{cell}:" for cell in range(40))
