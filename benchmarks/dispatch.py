@@ -162,7 +162,9 @@ def scale(cells: int, folder: Path, conf: str) -> None:
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LBI_", "SLURM"))}
     variables |= {"SLURM_CONF": conf, **side.variables}
     look = [sys.executable, "-m", "lbi", "status", "dispatch"]
-    submitted = taken([*side.command, "sweep.wait=false"], folder, variables)
+    # This machine is the login node and all others: 256 jobs starting at once would be timed with the looking.
+    few = "resources.array_parallelism=4"
+    submitted = taken([*side.command, few, "sweep.wait=false"], folder, variables)
     print(f"\n{cells} cells: planned and submitted in {submitted.wall_s:.1f} s, {submitted.peak_mb:.0f} MB at the peak")
     time.sleep(10)
     running = taken(look, folder, variables)

@@ -11,16 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from lbi import environment
 from lbi.config import LbiConfig
 from lbi.files import write_json
-from lbi.plan import Cell
 from lbi.store import SCHEMA, Store
 from lbi.sweep_folder import environments, find_result, read_plan
 from lbi.typed import plain
 from lbi.verdicts import PRUNED
 from lbi.worker import Task
+
+if TYPE_CHECKING:
+    from lbi.plan import Cell
 
 PRIOR_S = {("cpu", "eager"): 20.0, ("cpu", "inductor"): 80.0, ("cuda", "eager"): 40.0, ("cuda", "inductor"): 120.0}
 """Seconds a run is guessed to take where the store has no history: SmolLM2 on two cores, an 8B model on a GPU."""
