@@ -106,4 +106,8 @@ def _with_job(row: Row, job: UnitJob | None, states: Mapping[str, Job]) -> Row:
         return row | {"where": where}
     if state.state in RUNNING:
         return row | {"status": "queued", "where": where, "reason": "waits for a run before it in its job"}
-    return row | {"status": "queued", "where": where, "reason": f"{state.state.lower()}, {state.reason}"}
+    return row | {
+        "status": "queued",
+        "where": where,
+        "reason": ", ".join(filter(None, (state.state.lower(), state.reason))),
+    }

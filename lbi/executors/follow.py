@@ -227,7 +227,9 @@ class Follower:
 
     def _count(self, states: Sequence[Job]) -> None:
         running = [job for job in states if job.state in RUNNING]
-        waiting = Counter(job.reason or job.state for job in states if not job.ended and job.state not in RUNNING)
+        waiting = Counter(
+            job.reason or job.state.lower() for job in states if not job.ended and job.state not in RUNNING
+        )
         nodes = sorted({job.node for job in running if job.node})
         parts = [f"{len(running)} jobs running" + (f" on {', '.join(nodes)}" if nodes else "")]
         parts += [f"{count} waiting ({reason})" for reason, count in waiting.most_common(2)]

@@ -140,7 +140,8 @@ def _parse(text: str) -> list[Job]:
         fields = line.split("|")
         if len(fields) >= 4 and fields[0]:
             # sacct: "CANCELLED by 1000"
-            jobs.append(Job(fields[0], fields[1].split()[0], fields[2], fields[3], "|".join(fields[4:])))
+            reason = "" if fields[3] == "None" else fields[3]
+            jobs.append(Job(fields[0], fields[1].split()[0], fields[2], reason, "|".join(fields[4:])))
     return jobs
 
 
