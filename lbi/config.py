@@ -187,8 +187,9 @@ class ResourcesConfig:
     gpu_type: str | None = knob("cluster: type of GPU, as the cluster calls it (h100)", default=None)
     cpus: int | None = knob("cluster: cores of a job; null: the cluster's default", default=None, low=1)
     memory_gb: float | None = knob(
-        "cluster: memory of a job, in GB; null: the cluster's default", default=None, above=0
+        "cluster: host memory of a job, in GB; null: from the model's size", default=None, above=0
     )
+    exclusive: bool | None = knob("cluster: nobody else on the node; null: for cells on a CPU", default=None)
     partition: str | None = knob("SLURM partition; null: the default one", default=None)
     constraint: str | None = knob("SLURM: features a node must have (h100|a100)", default=None)
     account: str | None = knob("SLURM account that pays", default=None)

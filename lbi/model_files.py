@@ -58,6 +58,16 @@ class ModelFacts:
             "down_proj": (inner, hidden),
         }
 
+    def parameters(self) -> int | None:
+        """Weights of the matrices and embeddings of a Llama-style decoder; None where its shapes are unknown."""
+        arch, matrices = self.arch or {}, self.matrices()
+        try:
+            layers, table = int(arch["num_hidden_layers"]), int(arch["vocab_size"]) * int(arch["hidden_size"])
+        except (KeyError, TypeError, ValueError):
+            return None
+        tables = 1 if arch.get("tie_word_embeddings") else 2
+        return layers * sum(inputs * outputs for inputs, outputs in matrices.values()) + tables * table
+
 
 def inspect(model: ModelConfig) -> ModelFacts:
     """Find the model's files. Raises `InputError` for what is missing or not whole."""

@@ -139,6 +139,21 @@ def test_every_resource_reaches_sbatch(on_cluster: Callable[..., Plan], store: S
     assert f"PYTHONPATH={tmp_path}/code" in found["slurm_setup"][1]
 
 
+def test_what_is_not_asked_for_is_made_from_the_cell(
+    on_cluster: Callable[..., Plan], store: Store, tmp_path: Path
+) -> None:
+    def found(*arguments: str) -> dict[str, Any]:
+        plan = on_cluster("model=llama31_8b_random", *arguments)
+        return parameters(Array("name", tuple(make_units(plan.cells))), tmp_path, Durations(store), [])
+
+    on_cpu, on_gpu = found("resources=local"), found("resources=h100", "resources.memory_gb=null")
+    # 8.03e9 weights of two bytes.
+    assert (on_cpu["mem_gb"], on_gpu["mem_gb"]) == (55, 33)
+    assert on_cpu["slurm_exclusive"] is True
+    assert "slurm_exclusive" not in on_gpu
+    assert "slurm_exclusive" not in found("resources.exclusive=false")
+
+
 def submit(store: Store, plan: Plan) -> tuple[Submissions, Path]:
     """A submission whose driver has written the plan's units and no job id."""
     submissions = Submissions(store, "name")

@@ -21,6 +21,7 @@ from lbi.config import ResourcesConfig, SweepConfig
 from lbi.errors import ClusterError, InputError
 from lbi.executors.follow import Follower
 from lbi.executors.scheduler import Scheduler
+from lbi.model_files import inspect
 from lbi.schedule import Durations, Unit
 from lbi.store import Store
 from lbi.submissions import Array, SchedulerSilent, Submissions, marked_submitted, note_job
@@ -170,7 +171,7 @@ def parameters(array: Array, code: Path, durations: Durations, exclude: Sequence
         "name": array.name,
         "timeout_min": minutes,
         "stderr_to_stdout": True,
-        "mem_gb": resources.memory_gb,
+        "mem_gb": resources.memory_gb or memory_gb(task),
         "cpus_per_task": resources.cpus,
         "slurm_signal_delay_s": signal_s,
         "slurm_array_parallelism": resources.array_parallelism,
@@ -178,6 +179,7 @@ def parameters(array: Array, code: Path, durations: Durations, exclude: Sequence
         "slurm_constraint": resources.constraint,
         "slurm_account": resources.account,
         "slurm_qos": resources.qos,
+        "slurm_exclusive": _exclusive(task) or None,
         "slurm_exclude": ",".join(left_out) or None,
         "slurm_setup": [*resources.setup, *lines],
         "slurm_additional_parameters": {"requeue": True, **_gpus(task), **resources.sbatch},
@@ -193,6 +195,27 @@ def time_limit_min(unit: Unit, durations: Durations) -> int:
         seconds, guess = durations.seconds(task.config)
         total += min(seconds * (GUESS_FACTOR if guess else KNOWN_FACTOR), task.config.resources.run_timeout_s)
     return math.ceil(total / 60)
+
+
+def memory_gb(task: Task) -> int | None:
+    """Host memory to ask for, in GB: on a CPU the weights, their quantized copy and the reference's; None if unknown.
+
+    Clusters give little by default, and what exceeds it is killed.
+    """
+    try:
+        parameters = inspect(task.config.model).parameters()
+    except InputError:
+        parameters = None
+    if parameters is None:
+        return None
+    weights = parameters * (4 if task.config.model.dtype == "float32" else 2) / 1e9
+    return math.ceil(6 + 3 * weights if task.config.engine.device == "cpu" else 8 + 1.5 * weights)
+
+
+def _exclusive(task: Task) -> bool:
+    """Timings on a CPU suffer from neighbours, so a cell there gets a node of its own unless told otherwise."""
+    chosen = task.config.resources.exclusive
+    return task.config.engine.device == "cpu" if chosen is None else chosen
 
 
 def gpus_of(task: Task) -> int:
