@@ -54,7 +54,7 @@ def _print(store: Store, sweep: str, table: list[Row]) -> None:
     counts = Counter(row["status"] for row in table)
     listed = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     out.print(f"[bold]{escape(sweep)}[/], planned {planned}, {len(table)} cells: {listed}")
-    active = [row for row in table if row["status"] in ("running", "queued")]
+    active = [row for status in ("running", "queued") for row in table if row["status"] == status]
     failed = [row for row in table if row["status"] not in (*SETTLED, "running", "queued", "missing")]
     if active or failed:
         grid = Grid(box=None, pad_edge=False, header_style="bold")
