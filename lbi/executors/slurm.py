@@ -99,7 +99,15 @@ class SlurmExecutor:
             code = snapshot.take(submissions.folder.parent)
             durations = Durations(store)
             for index, array in enumerate(arrays):
-                note_job(folder, index, self._sbatch(folder, array, code, durations, sorted(exclude)))
+                try:
+                    job = self._sbatch(folder, array, code, durations, sorted(exclude))
+                except (ClusterError, InputError):
+                    if index:
+                        print(
+                            f"{index} of {len(arrays)} arrays are submitted and go on; to end them: lbi cancel {self.sweep}"
+                        )
+                    raise
+                note_job(folder, index, job)
         return len(wanted)
 
     def _begin(self, submissions: Submissions, units: Sequence[Unit]) -> tuple[Path | None, list[Unit]]:
