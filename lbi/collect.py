@@ -26,6 +26,7 @@ OTHER_METRICS = (
     "interval_coverage",
     "void_samples",
     "foreign_cpu",
+    "idle_cpu",
     "mean_nll",
     "quality_positions",
 )

@@ -88,19 +88,22 @@ class Phases:
 
 
 class CpuWatch:
-    """Share of the machine's CPU time that other processes took while it was open."""
+    """Share of the machine's CPU time that other processes took while it was open, and that nobody did."""
 
     def __enter__(self) -> CpuWatch:
         self._start = self._read()
         self.foreign_share: float | None = None
+        self.idle_share: float | None = None
         return self
 
     def __exit__(self, *_: object) -> None:
         end = self._read()
         if self._start and end:
-            wall = end[2] - self._start[2]
-            foreign = (end[0] - self._start[0]) - (end[1] - self._start[1])
-            self.foreign_share = max(0.0, foreign / (wall * (os.cpu_count() or 1))) if wall > 0 else None
+            available = (end[2] - self._start[2]) * (os.cpu_count() or 1)
+            busy = end[0] - self._start[0]
+            if available > 0:
+                self.foreign_share = max(0.0, (busy - (end[1] - self._start[1])) / available)
+                self.idle_share = min(1.0, max(0.0, 1 - busy / available))
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:

@@ -171,6 +171,24 @@ def answers(ordered: Sequence[Row], base: Row | None, max_kld: float) -> list[An
     return [*found, _fastest(f"Fastest {bound}", good, base), _smallest(f"Smallest {bound}", good, base)]
 
 
+CONTENDED = 0.1
+"""Others took more of the CPU than this, and left less than this idle: a timing is not the setting's own."""
+
+
+def disturbance(rows: Sequence[Row]) -> str:
+    """Which timings others on the CPU have spoilt, in words; empty if none."""
+    measured = [row for row in rows if row["foreign_cpu"] is not None and row["idle_cpu"] is not None]
+    spoilt = [row for row in measured if row["foreign_cpu"] > CONTENDED and row["idle_cpu"] < CONTENDED]
+    if not spoilt:
+        return ""
+    worst = max(row["foreign_cpu"] for row in spoilt)
+    cells = f"{len(spoilt)} of {len(measured)} cells" if len(spoilt) > 4 else ", ".join(row["name"] for row in spoilt)
+    return (
+        f"Others took up to {worst:.0%} of the CPU, with none to spare, while these were timed: {cells}. "
+        "Their speeds are too low and not to be compared."
+    )
+
+
 def _fastest(question: str, candidates: Sequence[Row], base: Row | None) -> Answer:
     best = candidates[0]
     text = f"{best['name']}, {best[SPEED]:.1f} tok/s{_against(best, base)}"

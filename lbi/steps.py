@@ -138,7 +138,7 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
             void = RECOMPILED if counters()["graphs"] != before["graphs"] else ""
             if others.during and config.resources.foreign != "ignore":
                 void = void or f"{named(others.during)} on the GPU"
-            record.samples += _sample_rows(number, generation.timing, void, watch.foreign_share)
+            record.samples += _sample_rows(number, generation.timing, void, watch)
             if void:
                 voids.append(void)
                 continue
@@ -177,6 +177,8 @@ def _note_surroundings(config: LbiConfig, joules: list[float | None], record: Re
     """What others took of the CPU, and what the device took of energy."""
     foreign = [row["foreign_cpu"] for row in record.samples if row["foreign_cpu"] is not None]
     record.metrics["foreign_cpu"] = max(foreign, default=None)
+    idle = [row["idle_cpu"] for row in record.samples if row["idle_cpu"] is not None]
+    record.metrics["idle_cpu"] = min(idle, default=None)
     known = [value for value in joules if value is not None]
     if len(known) < len(joules):
         record.missing["energy_j_per_token"] = EnergyMeter.why_not(config.engine.device)
@@ -184,9 +186,14 @@ def _note_surroundings(config: LbiConfig, joules: list[float | None], record: Re
         record.metrics["energy_j_per_token"] = sum(known) / len(known) / config.workload.new_tokens
 
 
-def _sample_rows(number: int, timing: Timing, void: str, foreign: float | None) -> list[dict[str, Any]]:
+def _sample_rows(number: int, timing: Timing, void: str, watch: CpuWatch) -> list[dict[str, Any]]:
     """One row a token with its time since the call, and one (token -1) for the end of the call."""
-    common = {"repetition": number, "void": void, "foreign_cpu": foreign}
+    common = {
+        "repetition": number,
+        "void": void,
+        "foreign_cpu": watch.foreign_share,
+        "idle_cpu": watch.idle_share,
+    }
     rows = [{**common, "token": index, "seconds": at - timing.start} for index, at in enumerate(timing.tokens)]
     return [*rows, {**common, "token": -1, "seconds": timing.end - timing.start}]
 

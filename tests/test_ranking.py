@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lbi.collect import Row, metric_columns
-from lbi.ranking import answers, is_tie, pareto, tables
+from lbi.ranking import answers, disturbance, is_tie, pareto, tables
 
 
 def row(cell: int, speed: float | None, noise: float = 0.0, kld: float | None = 0.0, **more: Any) -> Row:
@@ -118,3 +118,17 @@ def test_no_good_cell_and_no_cell_at_all() -> None:
     assert "No cell is within the bound" in answers([row(1, 20, kld=1.0)], None, 0.05)[1].text
     assert "Quality was not measured" in answers([row(1, 20, kld=None)], None, 0.05)[1].text
     assert "No cell has a number" in answers([], None, 0.05)[0].text
+
+
+def test_timings_that_others_spoilt_are_named() -> None:
+    def row(name: str, foreign: float | None, idle: float | None) -> dict[str, object]:
+        return {"name": name, "foreign_cpu": foreign, "idle_cpu": idle}
+
+    alone, beside = row("alone", 0.02, 0.0), row("beside", 0.5, 0.01)
+    # Many cores are free: the others took nothing away. Older results do not say.
+    roomy, unknown = row("roomy", 0.5, 0.4), row("unknown", 0.5, None)
+    text = disturbance([alone, beside, roomy, unknown])
+    assert "up to 50% of the CPU" in text
+    assert "beside" in text
+    assert all(name not in text for name in ("alone", "roomy", "unknown"))
+    assert disturbance([alone, roomy, unknown]) == ""

@@ -103,9 +103,8 @@ class SlurmExecutor:
                     job = self._sbatch(folder, array, code, durations, sorted(exclude))
                 except (ClusterError, InputError):
                     if index:
-                        print(
-                            f"{index} of {len(arrays)} arrays are submitted and go on; to end them: lbi cancel {self.sweep}"
-                        )
+                        go_on = f"{index} of {len(arrays)} arrays are submitted and go on"
+                        print(f"{go_on}; to end them: python -m lbi cancel {self.sweep}")
                     raise
                 note_job(folder, index, job)
         return len(wanted)

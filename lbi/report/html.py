@@ -189,6 +189,7 @@ def _table_section(content: Content, index: int, table: Table, extent: Extent, f
         figures.of(table, index, content.header.get("max_kld")),
         element("h3", "All cells"),
         sections.note(table, content.header),
+        sections.disturbed(table),
         paragraph(words, *_shortened(extent), class_="quiet"),
         element("div", search, element("output"), class_="filter"),
         element("div", cell_table(table, content.facts, caption), id=f"cells-{index}"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from lbi.collect import Row
 from lbi.metrics import METRICS, WITH_ERROR, WITH_INTERVAL
-from lbi.ranking import Answer, Table
+from lbi.ranking import Answer, Table, disturbance
 from lbi.report.cell_table import COLUMNS, RATIO_DOC
 from lbi.report.figures import finite, moment
 from lbi.report.markup import Html, element, grid, joined, paragraph
@@ -46,6 +46,12 @@ def note(table: Table, header: Mapping[str, Any]) -> Html:
     """What a reader of this model's numbers must know, where the model's config says something."""
     text = (header.get("notes") or {}).get(table.model)
     return paragraph(element("strong", f"Note on {table.model}: "), str(text), class_="note") if text else Html()
+
+
+def disturbed(table: Table) -> Html:
+    """Which timings others on the machine have spoilt."""
+    text = disturbance([ranked.row for ranked in table.ranked if ranked.rank is not None])
+    return paragraph(element("strong", "Disturbed: "), text, class_="note") if text else Html()
 
 
 def interval_legend(table: Table) -> str:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Grid
 
 from lbi.collect import Row
-from lbi.ranking import SPEED, Ranked, Table, tables
+from lbi.ranking import SPEED, Ranked, Table, disturbance, tables
 from lbi.report.figures import small, with_noise
 from lbi.store import Store
 from lbi.sweep_folder import read_header
@@ -193,6 +193,9 @@ def _show_table(out: Console, table: Table, header: dict[str, Any]) -> None:
         first = numbered[0].row
         if first["repetitions"]:
             out.print(_legend(first), style="dim")
+        spoilt = disturbance([ranked.row for ranked in numbered])
+        if spoilt:
+            out.print(f"[yellow]{escape(spoilt)}[/]")
     others = [ranked.row for ranked in table.ranked if ranked.rank is None]
     if others:
         out.print("\nWithout a number:")
