@@ -200,11 +200,13 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]]) -> list[Any]:
         done = JobReturn(overrides=list(cell.overrides), status=JobStatus.COMPLETED)
         result = find_result(store, found, cell.run_id, cell.env_id) if cell.run_id else None
         measured = store.read(result, "metrics.json") if result and result.ok else None
-        if measured:
-            done.return_value = measured["metrics"]["tpot_s"]
+        tpot_s = measured["metrics"].get("tpot_s") if measured else None
+        if tpot_s is not None:
+            done.return_value = tpot_s
         else:
             done.status = JobStatus.FAILED
-            done.return_value = HydraException(f"{cell.name}: {result.reason if result else cell.reason}")
+            why = result.reason if result and not result.ok else cell.reason
+            done.return_value = HydraException(f"{cell.name}: {why or 'it has no time per token'}")
         returns.append(done)
     return returns
 

@@ -312,3 +312,17 @@ def test_resource_classes_share_a_sweep(bench: SlurmBench) -> None:
     hosts = [json.loads((Path(row["folder"]) / "outcome.json").read_text())["host"] for row in bench.rows()]
     assert hosts[0] in ("n1", "n2")
     assert hosts[1] in ("n3", "n4")
+
+
+def test_another_sweeper_drives_the_cluster_and_is_answered_from_the_store(bench: SlurmBench) -> None:
+    """Hydra's own sweeper knows a launcher by its contract alone; a search does no more."""
+    code, output = bench.run("hydra/sweeper=basic", "workload.new_tokens=8,9")
+    assert code == 0, output
+    assert bench.statuses() == ["ok", "ok"]
+    code, output = bench.run("hydra/sweeper=basic", "workload.new_tokens=9,8")
+    assert code == 0, output
+    assert len(bench.jobs()) == 1
+    assert [bench.attempts(cell) for cell in (0, 1)] == [1, 1]
+    code, output = bench.run("hydra/sweeper=basic", "workload.new_tokens=10", scripts="10=oom")
+    assert code != 0
+    assert "no memory left" in output

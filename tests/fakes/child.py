@@ -30,7 +30,7 @@ def fill_the_disk(folder: Path) -> None:
 
 
 def good(folder: Path) -> None:
-    write(folder, "metrics.json", metrics={"decode_tok_s": 10.0, "mean_kld": 0.0}, missing={})
+    write(folder, "metrics.json", metrics={"decode_tok_s": 10.0, "tpot_s": 0.1, "mean_kld": 0.0}, missing={})
     write(folder, "verdict.json", status="ok", reason="")
 
 
