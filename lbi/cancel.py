@@ -46,9 +46,12 @@ def cancel(store: Store, sweep: str, part: str | None) -> int:
 def _open(store: Store, sweep: str, job: UnitJob) -> list[CellRef]:
     """The job's cells that this job may still measure."""
     found = environments(store, sweep)
-    results = {cell: find_result(store, found, cell.run_id, cell.env_id) for cell in job.cells}
-    began = (job.submission / "submitted.json").stat().st_mtime
-    return [cell for cell, result in results.items() if result is None or result.finished < began]
+    results = [find_result(store, found, cell.run_id, cell.env_id) for cell in job.cells]
+    return [
+        cell
+        for cell, result in zip(job.cells, results, strict=True)
+        if result is None or job.owes(result.status, result.finished)
+    ]
 
 
 def _note(job: UnitJob, cells: list[CellRef]) -> None:

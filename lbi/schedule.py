@@ -79,8 +79,8 @@ def _packs(tasks: list[Task]) -> list[list[Task]]:
     return [tasks[start::count] for start in range(count)]
 
 
-def save_units(units: Sequence[Unit], store: Store, sweep: str, since: float, folder: Path | None = None) -> None:
-    """Write each unit where any worker can take it from: <folder>/<unit>.json, in the sweep's folder by default."""
+def save_units(units: Sequence[Unit], store: Store, sweep: str, since: float, folder: Path) -> None:
+    """Write each unit where any worker can take it from: <folder>/<unit>.json."""
     shared = {
         "schema": SCHEMA,
         "store": str(store.root),
@@ -100,8 +100,7 @@ def save_units(units: Sequence[Unit], store: Store, sweep: str, since: float, fo
             }
             for task in unit.tasks
         ]
-        target = folder or store.sweep_folder(sweep) / "units"
-        write_json(target / f"{unit.name}.json", {**shared, "tasks": tasks})
+        write_json(folder / f"{unit.name}.json", {**shared, "tasks": tasks})
 
 
 class Durations:

@@ -88,10 +88,13 @@ def _with_jobs(store: Store, sweep: str, table: list[Row]) -> list[Row]:
 
 def _jobs_of_open_cells(store: Store, sweep: str, table: list[Row]) -> dict[str, UnitJob]:
     """The newest job of each cell that may still get a result."""
-    wanted = {row["run_id"] for row in table if row["status"] in ("missing", "running", *UNFINISHED)}
+    wanted = {row["run_id"]: row for row in table if row["status"] in ("missing", "running", *UNFINISHED)}
     newest: dict[str, UnitJob] = {}
     for job in Submissions(store, sweep).jobs() if wanted else []:
-        newest |= {cell.run_id: job for cell in job.cells if cell.run_id in wanted}
+        for cell in job.cells:
+            row = wanted.get(cell.run_id)
+            if row and (row["finished"] is None or job.owes(row["status"], row["finished"])):
+                newest[cell.run_id] = job
     return newest
 
 

@@ -46,6 +46,11 @@ class UnitJob:
     unit: str
     job: str
     cells: tuple[CellRef, ...]
+    began: float
+
+    def owes(self, status: str | None, finished: float | None) -> bool:
+        """Whether the job may still measure a cell whose last result is this one (None: no result)."""
+        return status is None or finished is None or finished < self.began or status in ("preempted", "lost")
 
     @property
     def log(self) -> Path:
@@ -87,10 +92,11 @@ class Submissions:
         found: list[UnitJob] = []
         for number in self.numbers():
             folder = self.path(number)
-            for index, array in enumerate(self._arrays(folder)):
+            listed = self._read(folder / "arrays.json") or {"arrays": []}
+            for index, array in enumerate(listed["arrays"]):
                 submitted = self._read(folder / f"array-{index}.json")
                 if submitted and submitted.get("job"):
-                    found += _unit_jobs(folder, array, submitted)
+                    found += _unit_jobs(folder, array, str(submitted["job"]), float(listed["began"]))
         return found
 
     def path(self, number: int) -> Path:
@@ -107,7 +113,7 @@ class Submissions:
                 continue
             if live_owner(folder):
                 return False
-            arrays = self._arrays(folder)
+            arrays = (self._read(folder / "arrays.json") or {"arrays": []})["arrays"]
             unknown = {
                 array["name"]: index
                 for index, array in enumerate(arrays)
@@ -150,10 +156,7 @@ class Submissions:
                 for unit in array.units
             }
             rows.append({"name": array.name, "units": units})
-        write_json(folder / "arrays.json", {"schema": SCHEMA, "arrays": rows})
-
-    def _arrays(self, folder: Path) -> list[dict[str, Any]]:
-        return list((self._read(folder / "arrays.json") or {}).get("arrays", []))
+        write_json(folder / "arrays.json", {"schema": SCHEMA, "began": time.time(), "arrays": rows})
 
     def _read(self, file: Path) -> dict[str, Any] | None:
         try:
@@ -169,12 +172,12 @@ def note_job(folder: Path, index: int, job: str | None, *, adopted: bool = False
     write_json(folder / f"array-{index}.json", content)
 
 
-def _unit_jobs(folder: Path, array: dict[str, Any], submitted: dict[str, Any]) -> Iterator[UnitJob]:
+def _unit_jobs(folder: Path, array: dict[str, Any], submitted: str, began: float) -> Iterator[UnitJob]:
     """Task n of an array executes its n-th unit; one unit alone is submitted as a plain job."""
     alone = len(array["units"]) == 1
     for number, (unit, cells) in enumerate(array["units"].items()):
-        job = submitted["job"] if alone else f"{submitted['job']}_{number}"
-        yield UnitJob(folder, unit, job, tuple(CellRef(*cell) for cell in cells))
+        job = submitted if alone else f"{submitted}_{number}"
+        yield UnitJob(folder, unit, job, tuple(CellRef(*cell) for cell in cells), began)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def test_a_job_outlives_the_daemon_of_its_node(cluster: Cluster, tmp_path: Path)
     cluster.kill_slurmd("n2")
     cluster.wait((tmp_path / "done").exists, 10, "the job's file")
     cluster.restart_node("n2")
-    cluster.wait_job(job, "COMPLETED")
+    assert cluster.wait_job(job, "COMPLETED")["node"] == "n2"
 
 
 def test_jobs_go_on_without_the_controller(cluster: Cluster, tmp_path: Path) -> None:
@@ -70,7 +70,8 @@ def test_jobs_go_on_without_the_controller(cluster: Cluster, tmp_path: Path) -> 
 def test_the_controller_crashes(cluster_without_accounting: Cluster) -> None:
     cluster_without_accounting.stop_controller(crash=True)
     cluster_without_accounting.start_controller()
-    cluster_without_accounting.wait_job(cluster_without_accounting.sbatch("--wrap=true"), "COMPLETED")
+    job = cluster_without_accounting.sbatch("--wrap=true")
+    assert cluster_without_accounting.wait_job(job, "COMPLETED")["id"] == job
 
 
 def test_the_next_test_finds_everything_up_and_no_jobs(cluster: Cluster) -> None:

@@ -56,6 +56,16 @@ def test_the_time_limit_in_mid_unit_requeues_and_skips_what_is_finished(bench: S
     assert bench.outcomes(2) == ["preempted", "ok"]
 
 
+def test_a_run_that_outlasts_a_whole_limit_is_not_requeued_for_ever(bench: SlurmBench) -> None:
+    limits = ["resources.runs_per_job=2", "resources.time_min=1", "resources.signal_s=40"]
+    code, output = bench.run("workload.new_tokens=8,9", *limits, scripts="9=hang")
+    assert code == 1, output
+    # At first it began late; the job's second start was its alone, for what is finished takes no time.
+    assert bench.outcomes(1) == ["preempted", "timeout"], output
+    assert bench.outcomes(0) == ["ok"]
+    assert len(bench.jobs()) == 1
+
+
 def test_cancelled_while_running_and_while_pending(bench: SlurmBench) -> None:
     one_by_one = ["resources.runs_per_job=1", "resources.array_parallelism=1"]
     driver = bench.sweep("workload.new_tokens=8,9,10", *one_by_one, scripts="9=hang")

@@ -21,7 +21,7 @@ from lbi.plan import Plan, make_plan
 from lbi.schedule import Durations, Unit, make_units
 from lbi.store import Result, Store
 from lbi.submissions import Array, CellRef, Submissions, marked_submitted, note_job
-from lbi.worker import Task
+from lbi.worker import Event, Task
 
 
 class FakeScheduler:
@@ -343,3 +343,50 @@ def test_the_run_that_took_its_job_down_is_submitted_alone(on_cluster: Callable[
     again = Ending(cells[0], "lost", "why", store.claim(tasks[0].run_id, tasks[0].env_id, {}))
     assert not follower._again(again, job, blameless=True)
     assert follower.given_up == {tasks[0].run_id}
+
+
+def test_a_crash_is_tried_once_more_whatever_the_retries_of_lost_jobs(
+    on_cluster: Callable[..., Plan], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (task,) = tasks_of(on_cluster("resources.requeues=0"))
+    ended: list[str] = []
+
+    def report(event: Event) -> None:
+        ended.append(event.result.status if event.result else "")
+
+    follower = Follower(FakeExecutor(), store, {task.run_id: task}, 0.0, report)  # type: ignore[arg-type]
+    cell = CellRef(task.cell, task.name, task.run_id, task.env_id)
+    store.publish(store.claim(task.run_id, task.env_id, {}), "crash", "", 1.0)
+    follower._look()
+    assert ended == []
+    # Its job is over: another cell's fate there does not change that it has had its first attempt.
+    assert follower._again(Ending(cell, "", "", None), Job("7", "COMPLETED", "n1"), blameless=True)
+    follower._submit([task])
+    follower._look()
+    assert ended == []
+    store.publish(store.claim(task.run_id, task.env_id, {}), "crash", "", 1.0)
+    follower._look()
+    assert ended == ["crash"]
+
+
+def test_a_job_owes_what_it_has_not_settled(on_cluster: Callable[..., Plan], store: Store) -> None:
+    submissions, folder = submit(store, on_cluster())
+    note_job(folder, 0, "7")
+    (job,) = submissions.jobs()
+    before, after = job.began - 1, job.began + 1
+    assert job.owes(None, None)
+    assert job.owes("cancelled", before)
+    # Requeued by itself: the same job runs it again.
+    assert job.owes("preempted", after)
+    assert not job.owes("cancelled", after)
+    assert not job.owes("ok", after)
+
+
+def test_no_two_submissions_share_a_job_name(on_cluster: Callable[..., Plan], store: Store) -> None:
+    """Two stores may have a sweep of the same name, and an orphan is known by its name alone."""
+    plan = on_cluster()
+    executor = SlurmExecutor("name", plan.cells[0].config.sweep)  # type: ignore[union-attr]
+    executor.scheduler = FakeScheduler()  # type: ignore[assignment]
+    executor.scheduler.max_array_size = lambda: 1000  # type: ignore[method-assign]
+    first, second = (executor._arrays(make_units(plan.cells, pack=True), "001")[0].name for _ in range(2))
+    assert first != second

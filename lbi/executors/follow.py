@@ -56,6 +56,7 @@ class Follower:
         self.over_since: dict[str, float] = {}
         self.queued_since: dict[str, float] = {}
         self.retried: dict[str, float] = {}
+        self.crashed: set[str] = set()
         self.given_up: set[str] = set()
         self.suspects: set[str] = set()
         self.unlaunched: set[str] = set()
@@ -88,6 +89,7 @@ class Follower:
             self._blame(result)
             if result.status == "crash" and self.tries[run_id] == 0:
                 # It may have been the node's fault: tried once more when its job is over.
+                self.crashed.add(run_id)
                 continue
             if result.status in UNFINISHED - {"cancelled"} and run_id not in self.given_up:
                 continue
@@ -163,11 +165,13 @@ class Follower:
             publish(self.store, ending, ending.status, ending.reason)
             return False
         if run_id in self.given_up:
-            publish(self.store, ending, "lost", f"job never began: {ending.reason}")
+            publish(self.store, ending, "lost", ending.reason)
             return False
-        if blameless and not ending.begun:
+        crashed = run_id in self.crashed
+        if blameless and not ending.begun and not crashed:
             return True
-        retry = self._may_retry(run_id)
+        # The second attempt at a crash is not one of the retries of lost jobs.
+        retry = self._may_retry(run_id) or (crashed and not ending.begun)
         if ending.begun:
             self.suspects.add(run_id)
             publish(self.store, ending, ending.status, ending.reason)
@@ -214,6 +218,8 @@ class Follower:
     def _give_up_waiting(self, job: UnitJob, state: Job) -> None:
         """Cancel a job that has waited longer than it may."""
         if state.state in RUNNING:
+            # Should it be requeued, it waits anew.
+            self.queued_since.pop(job.job, None)
             return
         limits = [self.tasks[cell.run_id].config.resources.queue_timeout_s for cell in job.cells]
         limit = min((limit for limit in limits if limit is not None), default=None)

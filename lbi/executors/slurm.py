@@ -10,6 +10,7 @@ import math
 import shlex
 import shutil
 import time
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -127,12 +128,16 @@ class SlurmExecutor:
             time.sleep(0.3)
 
     def _arrays(self, units: Sequence[Unit], number: str) -> list[Array]:
-        """One array per resource class, and more where the cluster's arrays are too short."""
-        size = self.scheduler.max_array_size()
+        """One array per resource class, and more where the cluster's arrays are too short.
+
+        An array whose driver died is found by its name, so no other store's may have the same.
+        """
+        size, own = self.scheduler.max_array_size(), uuid.uuid4().hex[:8]
         arrays: list[Array] = []
         for members in _classes(units):
             for start in range(0, len(members), size):
-                arrays.append(Array(f"lbi-{self.sweep}-{number}-{len(arrays)}", tuple(members[start : start + size])))
+                name = f"lbi-{self.sweep}-{number}-{own}-{len(arrays)}"
+                arrays.append(Array(name, tuple(members[start : start + size])))
         return arrays
 
     def _sbatch(self, folder: Path, array: Array, code: Path, durations: Durations, exclude: list[str]) -> str:

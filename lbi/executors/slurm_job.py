@@ -115,7 +115,7 @@ def cancelled_runs(unit: Path) -> frozenset[str]:
 
 
 def run(unit_file: str) -> int:
-    """Execute the unit in a file. Called by submitit inside the job; the number of runs that ended."""
+    """Execute the unit in a file. Called by submitit inside the job; the number of runs that it began."""
     unit = load_unit(Path(unit_file))
     store = Store.open(unit.store, write=True)
     stop = JobStop(Path(unit_file))
@@ -129,13 +129,13 @@ def run(unit_file: str) -> int:
         _publish_all(unit.tasks, store, "lost", changed)
         return 0
     tasks = _placed(unit, store)
-    ended = 0
+    started = 0
 
     def report(event: Event) -> None:
-        nonlocal ended
-        if event.kind == "end" and not stop.wanted:
-            ended += 1
-            stop.alone = False
+        nonlocal started
+        started += event.kind == "start"
+        # Runs that an earlier start of this job has finished took none of this one's time.
+        stop.alone = started <= 1
         log_line(event)
 
     # A snapshot of the code is no checkout: what was submitted says which commit it is.
@@ -144,7 +144,7 @@ def run(unit_file: str) -> int:
     # A job that was only terminated is cancelled, or SLURM itself starts it again.
     if stop.told:
         _start_again(unit, restart)
-    return ended
+    return started
 
 
 def _changed(unit: UnitFile) -> str:
