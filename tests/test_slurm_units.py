@@ -352,7 +352,8 @@ def test_a_crash_is_tried_once_more_whatever_the_retries_of_lost_jobs(
     ended: list[str] = []
 
     def report(event: Event) -> None:
-        ended.append(event.result.status if event.result else "")
+        if event.result is not None:
+            ended.append(event.result.status)
 
     follower = Follower(FakeExecutor(), store, {task.run_id: task}, 0.0, report)  # type: ignore[arg-type]
     cell = CellRef(task.cell, task.name, task.run_id, task.env_id)
