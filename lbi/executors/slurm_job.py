@@ -167,10 +167,12 @@ def _placed(unit: UnitFile, store: Store) -> list[Task]:
     """The tasks with the env_id of this node, less those that have a good result here already."""
     placed = []
     keys = {device: environment.key(device) for device in {task.config.engine.device for task in unit.tasks}}
+    classes = {sites.class_key(task.config): task.config for task in unit.tasks}
+    for config in classes.values():
+        found = keys[config.engine.device]
+        sites.note(store, config, found, digest("env", found), time.time())
     for task in unit.tasks:
-        found = keys[task.config.engine.device]
-        env_id = digest("env", found)
-        sites.note(store, task.config, found, env_id, time.time())
+        env_id = digest("env", keys[task.config.engine.device])
         if env_id != task.env_id:
             note_environment(store, unit.sweep, env_id)
             known = store.result(task.run_id, env_id)
