@@ -66,7 +66,42 @@ class QuantizerConfig:
     symmetric: bool | None = knob("no zero point", default=None)
     axis: Literal[0, 1] | None = knob("hqq: the axis along which a group lies; 1: along the inputs", default=None)
     qparams: str | None = knob("how scales and zeros are found", default=None)
+    granularity: Literal["tensor", "row"] | None = knob(
+        "what shares a scale, of weights and of activations quantized on the fly", default=None
+    )
+    backend: Literal["pytorch", "torchao_int4", "gemlite"] | None = knob("hqq: what multiplies", default=None)
+    packing: Literal["auto", "tile_packed_to_4d", "plain", "preshuffled"] | None = knob(
+        "torchao int4: the layout; auto takes the device's own, plain and preshuffled need the package mslk",
+        default=None,
+    )
+    lm_head: Literal["keep", "int8", "same"] = knob(
+        "the output projection: as it is, int8 with a scale a row, or like the other layers", default="keep"
+    )
+    embeddings: Literal["keep", "int8"] = knob(
+        "the table of input embeddings: as it is, or int8 with a scale a row", default="keep"
+    )
     skip: tuple[str, ...] = knob("linear layers left unquantized on purpose: endings of their names", default=())
+    mix: dict[str, Any] = knob(
+        "mix: option by ending of the layer's name, `default` for the rest: {down_proj: int8_wo, default: int4_wo}",
+        default_factory=dict,
+    )
+    candidates: tuple[str, ...] = knob(
+        "autoquant: options to choose from, each with knobs if wanted: [int8_wo, 'int4_wo group_size=64']", default=()
+    )
+    max_error: float | None = knob(
+        "autoquant: largest relative error of a layer's output, ||y - y'|| / ||y||; 0.1 is an SQNR of 20 dB",
+        default=None,
+        above=0.0,
+    )
+    tokens: int | None = knob(
+        "autoquant: rows of the input that kernels are timed at; 1 is a decode step at batch 1", default=None, low=1
+    )
+    target: str | None = knob("custom: `module:function` that quantizes", default=None)
+    options: dict[str, Any] = knob("custom: what the function is called with", default_factory=dict)
+    base: str | None = knob(
+        "checkpoint: folder or hub id of the unquantized model, which quality is compared with; null: no quality",
+        default=None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,6 +27,11 @@ PACKAGES = (
     "torchao",
     "hqq",
     "gemlite",
+    "mslk-cuda",
+    "compressed-tensors",
+    "gptqmodel",
+    "autoawq",
+    "bitsandbytes",
     "accelerate",
     "tokenizers",
     "safetensors",
@@ -146,6 +151,16 @@ def gpus() -> list[dict[str, Any]]:
     """Name, uuid, driver and memory of each NVIDIA GPU this process may use; an empty list where there is none."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [] if named == "" else visible(_all_gpus(), named)
+
+
+def capability() -> float | None:
+    """Compute capability of the first GPU (9.0 for an H100); None where there is none or it is not told."""
+    for card in gpus():
+        try:
+            return float(card["compute_capability"])
+        except (KeyError, ValueError):
+            return None
+    return None
 
 
 def visible(cards: list[dict[str, Any]], named: str | None) -> list[dict[str, Any]]:

@@ -12,8 +12,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lbi.config import IDENTITY, ModelConfig
+from lbi.config import IDENTITY, ModelConfig, QuantizerConfig
 from lbi.model_files import ModelFacts
+from lbi.quantizers.options import content
 from lbi.typed import plain
 
 VERSION = 1
@@ -33,13 +34,18 @@ def canonical(section: Mapping[str, Any]) -> str:
 
 def canonical_model(model: ModelConfig, facts: ModelFacts) -> str:
     """The model section by what its weights are: content where it is at hand, else the hub's name for it."""
-    content = plain(model)
+    known = plain(model)
     if model.source == "random":
-        return canonical({key: content[key] for key in ("source", "dtype", "seed", "arch")})
-    kept = {key: content[key] for key in ("source", "dtype")}
+        return canonical({key: known[key] for key in ("source", "dtype", "seed", "arch")})
+    kept = {key: known[key] for key in ("source", "dtype")}
     if facts.fingerprint:
         return canonical(kept | {"fingerprint": facts.fingerprint})
-    return canonical(kept | {"path": content["path"], "revision": content["revision"]})
+    return canonical(kept | {"path": known["path"], "revision": known["revision"]})
+
+
+def canonical_quantizer(quantizer: QuantizerConfig) -> str:
+    """The quantizer section with what the options that it names came to."""
+    return canonical(content(quantizer))
 
 
 def run_id(sections: Mapping[str, str]) -> str:

@@ -127,6 +127,8 @@ class _Sections:
         if key not in self._canonical:
             if group == "model":
                 text = identity.canonical_model(section, self.facts(section))
+            elif group == "quantizer":
+                text = identity.canonical_quantizer(section)
             else:
                 text = identity.canonical(plain(section))
             self._canonical[key] = (section, text)

@@ -39,7 +39,7 @@ def folders(store: Path, config: LbiConfig, env_id: str) -> dict[str, Path]:
     text = common | {"quality": identity.canonical(plain(config.quality))}
     # What the teacher-forced pass of a cell depends on beside the reference: its weights, and
     # the compiler only where that has the prefill too.
-    own = {"quantizer": identity.canonical(plain(config.quantizer))}
+    own = {"quantizer": identity.canonical_quantizer(config.quantizer)}
     if config.compiler.prefill:
         own["compiler"] = identity.canonical(plain(config.compiler))
     keys = {

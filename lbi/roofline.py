@@ -43,7 +43,7 @@ def bytes_per_token(model: torch.nn.Module, layers: list[Layer], kv_bytes_read: 
     All weights but the embedding table, of which one row is read, unless the lm_head
     is the same storage; plus the keys and values.
     """
-    embedding = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings().weight  # of an int8 table too
     head = next((layer for layer in layers if layer.name.endswith("lm_head")), None)
     tied = head is not None and any(
         tensor.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr() for tensor in head.seen.tensors

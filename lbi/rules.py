@@ -10,27 +10,33 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, fields, replace
+from typing import Any
 
 from lbi import environment
-from lbi.config import LbiConfig
+from lbi.config import LbiConfig, QuantizerConfig
 from lbi.model_files import ModelFacts
 from lbi.quantizers import method
+from lbi.quantizers.options import parts
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a rule may ask of the machine that will run the cell."""
+    """What a rule may ask of the machine that will run the cell.
+
+    `capability` is the GPU's compute capability (9.0 for an H100); None where it is not known yet.
+    """
 
     device: str
     packages: Mapping[str, str]
     has_compiler: bool
+    capability: float | None = None
 
     @classmethod
     def here(cls, device: str) -> Machine:
         """This machine, for runs on `device` (cpu or cuda)."""
         compiler = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
-        return cls(device, environment.packages(), compiler)
+        return cls(device, environment.packages(), compiler, environment.capability() if device == "cuda" else None)
 
 
 Check = Callable[[LbiConfig, ModelFacts, Machine], str | None]
@@ -60,20 +66,25 @@ def rule(evidence: str) -> Callable[[Check], Check]:
 
 def refuse(config: LbiConfig, facts: ModelFacts, machine: Machine) -> tuple[Rule, str] | None:
     """The first rule against a cell with its reason, or None."""
-    for candidate in RULES:
-        reason = candidate.check(config, facts, machine)
-        if reason is not None:
-            return candidate, reason
+    for part in (config, *(replace(config, quantizer=part) for part in parts(config.quantizer))):
+        for candidate in RULES:
+            reason = candidate.check(part, facts, machine)
+            if reason is not None:
+                return candidate, reason
     return None
 
 
 @rule("a knob that nothing reads would give two names to one measurement")
 def unused_quantizer_knob(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
-    read = method(config.quantizer).knobs | {"name", "family", "method", "skip"}
-    for knob in ("bits", "group_size", "symmetric", "axis", "qparams"):
-        if getattr(config.quantizer, knob) is not None and knob not in read:
-            return f"{config.quantizer.name} does not read quantizer.{knob}"
+    read = method(config.quantizer).knobs | {"name", "family", "method"}
+    for spec in fields(QuantizerConfig):
+        if spec.name not in read and getattr(config.quantizer, spec.name) != _idle(spec):
+            return f"{config.quantizer.name} does not read quantizer.{spec.name}"
     return None
+
+
+def _idle(spec: Field[Any]) -> Any:
+    return spec.default if spec.default_factory is MISSING else spec.default_factory()
 
 
 @rule("a knob that nothing reads would give two names to one measurement")
@@ -102,10 +113,41 @@ def sampling_is_complete(config: LbiConfig, facts: ModelFacts, machine: Machine)
 
 @rule("importlib.metadata finds no such distribution")
 def package_is_installed(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
-    package = method(config.quantizer).package
-    if package is None or package in machine.packages:
-        return None
-    return f"{config.quantizer.name} needs the package {package}: pip install {package}"
+    for package in method(config.quantizer).needs.packages:
+        device, _, name = package.rpartition(":")
+        if device in ("", machine.device) and name not in machine.packages:
+            return f"{config.quantizer.name} needs the package {name}: pip install {name}"
+    return None
+
+
+@rule(
+    "torchao 0.18.0, gemlite 0.6.0.post2: asserted there, or read from the instructions their kernels use; "
+    "fp8 matrix multiply from sm_89, block-scaled formats (MX, NVFP4) from sm_100"
+)
+def hardware_fits(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    needs, name = method(config.quantizer).needs, config.quantizer.name
+    if machine.device not in needs.devices:
+        return f"{name} runs on {'a GPU' if needs.devices == ('cuda',) else 'a CPU'} only" + (
+            f": {needs.because}" if needs.because else ""
+        )
+    known = machine.device == "cuda" and machine.capability is not None
+    if known and float(machine.capability or 0) < needs.capability:
+        wanted, have = (f"sm_{round(10 * value)}" for value in (needs.capability, machine.capability or 0))
+        return f"{name} needs {wanted} or newer ({needs.because}); this GPU is {have}"
+    return None
+
+
+@rule("the methods' own tables (torchao 0.18.0, hqq 0.2.8.post1, gemlite 0.6.0.post2)")
+def dtype_and_group_exist(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    needs, quantizer = method(config.quantizer).needs, config.quantizer
+    if needs.dtypes and config.model.dtype not in needs.dtypes:
+        return f"{quantizer.name} has kernels for {' and '.join(needs.dtypes)}; model.dtype is {config.model.dtype}"
+    if needs.groups and quantizer.group_size not in needs.groups:
+        return f"{quantizer.name} has groups of {', '.join(map(str, needs.groups))}, not {quantizer.group_size}"
+    for layer, (inputs, _) in facts.matrices().items():
+        if inputs % needs.divisor:
+            return f"{quantizer.name} wants rows of a multiple of {needs.divisor}; {layer} has {inputs} inputs"
+    return None
 
 
 @rule("the methods' own tables (torchao 0.18.0, hqq 0.2.8.post1)")

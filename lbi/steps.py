@@ -29,7 +29,8 @@ from lbi.files import BadFile, read_json, write_json
 from lbi.gpu_processes import ForeignWatch, named
 from lbi.metrics import Timing, model_bandwidth_utilization, prefill_flop, summarize
 from lbi.process import CpuWatch, PeakMemory, Phases
-from lbi.quantizers import audit, method
+from lbi.quantizers import assign, audit
+from lbi.quantizers.int8_layers import quantize_embeddings
 from lbi.record import Record
 from lbi.store import SCHEMA
 
@@ -42,15 +43,17 @@ RECOMPILED = "recompiled"
 
 def quantize(config: LbiConfig, model: Any, record: Record, phases: Phases) -> list[audit.Layer]:
     """Quantize and audit; the linear layers as found. Raises `NotApplied` where they are not as asked."""
-    names = audit.linear_names(model)
-    targets = audit.targets(model, config.quantizer)
+    quantizer = config.quantizer
     before = CompilerState.take()
     with phases("quantize"):
-        method(config.quantizer).apply(model, config.quantizer, targets)
+        assignment = assign.by_name(model, quantizer)
+        assign.apply(model, assignment)
+        if quantizer.embeddings == "int8":
+            quantize_embeddings(model)
     undone = before.restore()
     with phases("audit"):
-        layers = audit.read_layers(model, names)
-        audit.check(layers, config.quantizer)
+        layers = audit.read_layers(model, frozenset(assignment))
+        audit.check(layers, assignment, quantizer.name)
         gc.collect()
         summary = audit.summarize(layers)
         weight_bytes = audit.weight_bytes(model)

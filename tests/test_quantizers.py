@@ -12,7 +12,7 @@ import yaml
 
 from lbi.config import LbiConfig, QuantizerConfig
 from lbi.errors import NotApplied
-from lbi.quantizers import audit, method
+from lbi.quantizers import assign, audit, method
 from lbi.typed import build
 
 CONF = Path(__file__).parent.parent / "conf" / "quantizer"
@@ -43,13 +43,19 @@ def quantized(
     before = Block(shapes).to(torch.bfloat16)
     after = Block(shapes).to(torch.bfloat16)
     after.load_state_dict(before.state_dict())
-    names = audit.linear_names(after)
     with torch.no_grad():
-        method(config).apply(after, config, audit.targets(after, config))
-    return before, after, audit.read_layers(after, names)
+        assign.apply(after, assign.by_name(after, config))
+    return before, after, audit.read_layers(after, assign.linear_names(before))
+
+
+def check(after: Block, layers: list[audit.Layer], config: QuantizerConfig) -> None:
+    """The audit's verdict on layers that were to be stored as `config` says."""
+    plain = Block([(1, 1)] * len(after.layers))
+    audit.check(layers, assign.by_name(plain, config), config.name)
 
 
 OPTIONS = [
+    ("int8_pack", {}, 8, 0.01),
     ("int8_wo", {}, 8, 0.01),
     ("int4_wo", {"group_size": 32}, 4, 0.12),
     ("int4_wo", {"group_size": 64}, 4, 0.15),
@@ -70,7 +76,7 @@ def test_a_layers_output_is_its_stored_weights_product(
 ) -> None:
     config = option(name, **knobs)
     before, after, layers = quantized(config)
-    audit.check(layers, config)
+    check(after, layers, config)
     for old, new in zip(before.layers, after.layers, strict=True):
         inputs = torch.randn(3, old.in_features, dtype=torch.bfloat16)
         with torch.no_grad():
@@ -108,26 +114,26 @@ def test_the_audit_reads_bits_and_bytes_from_the_tensors(
 
 def test_torchao_skips_what_the_group_does_not_divide_and_the_audit_says_so() -> None:
     config = option("int4_wo", group_size=128)
-    _, _, layers = quantized(config, [(192, 64), (256, 64)])
+    _, after, layers = quantized(config, [(192, 64), (256, 64)])
     assert [layer.seen.quantized for layer in layers if layer.name != "lm_head"] == [False, True]
     with pytest.raises(NotApplied, match=r"1 of 3 layers are still Linear\[bfloat16\] \(such as layers.0\)"):
-        audit.check(layers, config)
+        check(after, layers, config)
 
 
 def test_other_bits_or_groups_than_asked_are_not_applied() -> None:
     config = option("int4_wo")
-    _, _, layers = quantized(config)
+    _, after, layers = quantized(config)
     with pytest.raises(NotApplied, match="groups of 32 instead of 64"):
-        audit.check(layers, replace(config, group_size=64))
+        check(after, layers, replace(config, group_size=64))
     with pytest.raises(NotApplied, match="hold 4 bits a weight instead of 8"):
-        audit.check(layers, replace(config, bits=8))
+        check(after, layers, replace(config, bits=8))
 
 
 def test_a_skipped_layer_that_was_quantized_is_not_applied() -> None:
-    config = option("int8_wo", skip=())
-    _, _, layers = quantized(config)
-    with pytest.raises(NotApplied, match="were to be skipped"):
-        audit.check(layers, option("int8_wo"))
+    config = option("int8_wo", lm_head="same")
+    _, after, layers = quantized(config)
+    with pytest.raises(NotApplied, match="were to be left as they are"):
+        check(after, layers, option("int8_wo"))
 
 
 def test_a_skip_that_matches_nothing_is_an_error() -> None:
@@ -137,7 +143,7 @@ def test_a_skip_that_matches_nothing_is_an_error() -> None:
 
 def test_a_layer_nobody_can_read_is_an_error() -> None:
     block = Block(SHAPES)
-    names = audit.linear_names(block)
+    names = assign.linear_names(block)
     block.lm_head = torch.nn.Bilinear(2, 2, 2)  # type: ignore[assignment]
     with pytest.raises(NotApplied, match="cannot read"):
         audit.read_layers(block, names)

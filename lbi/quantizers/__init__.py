@@ -8,8 +8,8 @@ torch until it is called, so that the plan can ask what a method needs.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lbi.config import QuantizerConfig
@@ -18,8 +18,30 @@ from lbi.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-FAMILIES = ("none", "torchao", "hqq")
-"""Family modules whose layers the audit knows how to read."""
+FAMILIES = ("none", "aten", "torchao", "hqq", "mix")
+"""Family modules."""
+
+COMMON = frozenset({"lm_head", "embeddings", "skip"})
+"""Knobs that every family but `none` has: which layers are meant is decided here, not by the family."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What a method asks of the machine, as far as it is known before anything runs.
+
+    `devices` it runs on; `capability`: least compute capability of a GPU (8.9 for fp8 in the
+    tensor cores), with `because`, what the hardware lacks below it; `dtypes` of the model;
+    `packages`: the distributions, by device where they differ ("cuda:mslk-cuda"); `groups`:
+    the group sizes it has, where it has not all; `divisor` of every row's length.
+    """
+
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    capability: float = 0.0
+    because: str = ""
+    dtypes: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    groups: tuple[int, ...] = ()
+    divisor: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,15 +51,18 @@ class Method:
     `apply(model, config, targets)` replaces the weights of the linear layers named
     in `targets`. `knobs` are the fields of QuantizerConfig that it reads.
     `bits` are the widths it can make; empty where the width is not a question.
-    `package` is the distribution it needs. `simulated` says that the weights are
-    stored wider than `bits`, for accuracy only.
+    `simulated` says that the weights are stored wider than `bits`, for accuracy only;
+    `activations` that inputs are quantized too, to this many bits. `kernels` is, by device,
+    a pattern of which a short trace of the decode step must show at least one match.
     """
 
     apply: Callable[[torch.nn.Module, QuantizerConfig, frozenset[str]], None]
     knobs: frozenset[str]
     bits: tuple[int, ...] = ()
-    package: str | None = None
+    needs: Needs = Needs()
     simulated: bool = False
+    activations: int = 16
+    kernels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +70,7 @@ class Observed:
     """What one linear layer really is, read from its tensors.
 
     `bits` is the width of one weight without scales, `group_size` the weights that
-    share a scale (None: the whole row), `tensors` everything a forward pass reads.
+    share a scale (None: the whole row or more), `tensors` everything a forward pass reads.
     """
 
     kind: str
@@ -71,8 +96,3 @@ def method(config: QuantizerConfig) -> Method:
             "quantizer.method", config.method, f"{config.family} has no such method", f"It has: {', '.join(methods)}"
         )
     return methods[config.method]
-
-
-def is_skipped(name: str, config: QuantizerConfig) -> bool:
-    """Whether the config leaves the linear layer `name` unquantized on purpose."""
-    return any(name == ending or name.endswith(f".{ending}") for ending in config.skip)

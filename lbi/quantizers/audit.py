@@ -16,7 +16,8 @@ import torch
 
 from lbi.config import QuantizerConfig
 from lbi.errors import NotApplied
-from lbi.quantizers import FAMILIES, Observed, is_skipped, method
+from lbi.quantizers import FAMILIES, Observed, method
+from lbi.quantizers.assign import Assignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +29,6 @@ class Layer:
     params: int
     stored_bytes: int
     seen: Observed
-
-
-def linear_names(model: torch.nn.Module) -> frozenset[str]:
-    """Names of all linear layers of a model that is not yet quantized."""
-    return frozenset(name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear))
-
-
-def targets(model: torch.nn.Module, config: QuantizerConfig) -> frozenset[str]:
-    """Linear layers that the config wants quantized. Raises `NotApplied` for a skip that matches nothing."""
-    names = linear_names(model)
-    for ending in config.skip:
-        if not any(name == ending or name.endswith(f".{ending}") for name in names):
-            raise NotApplied(f"quantizer.skip names {ending}, and the model has no such linear layer")
-    return frozenset(name for name in names if not is_skipped(name, config))
 
 
 def read_layers(model: torch.nn.Module, names: frozenset[str]) -> list[Layer]:
@@ -58,24 +45,22 @@ def read_layers(model: torch.nn.Module, names: frozenset[str]) -> list[Layer]:
     return layers
 
 
-def check(layers: list[Layer], config: QuantizerConfig) -> None:
-    """Raises `NotApplied` unless every target is what the config asks for, and every skipped layer is plain."""
-    if config.family == "none":
-        return
+def check(layers: list[Layer], assignment: Assignment, title: str) -> None:
+    """Raises `NotApplied` unless each layer is what its option asks for, and every skipped one is plain."""
     wrong: dict[str, list[str]] = {}
     for layer in layers:
-        problem = _problem(layer, config)
+        problem = _problem(layer, assignment[layer.name])
         if problem:
             wrong.setdefault(problem, []).append(layer.name)
     if wrong:
         parts = [f"{len(names)} of {len(layers)} layers {text} (such as {names[0]})" for text, names in wrong.items()]
-        raise NotApplied(f"{config.name}: {'; '.join(parts)}")
+        raise NotApplied(f"{title}: {'; '.join(parts)}")
 
 
 def _problem(layer: Layer, config: QuantizerConfig) -> str | None:
     seen = layer.seen
-    if is_skipped(layer.name, config):
-        return f"were to be skipped and are {seen.kind}" if seen.quantized else None
+    if config.family == "none":
+        return f"were to be left as they are and are {seen.kind}" if seen.quantized else None
     if not seen.quantized:
         return f"are still {seen.kind}"
     if config.bits is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lbi.config import QuantizerConfig
-from lbi.quantizers import Method, Observed
+from lbi.quantizers import COMMON, Method, Needs, Observed
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +54,8 @@ def observe(layer: torch.nn.Module) -> Observed | None:
 METHODS = {
     "hqq": Method(
         apply=hqq,
-        knobs=frozenset({"bits", "group_size", "axis", "skip"}),
+        knobs=COMMON | {"bits", "group_size", "axis"},
         bits=(8, 4, 3, 2, 1),
-        package="hqq",
+        needs=Needs(packages=("hqq",)),
     )
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lbi.config import QuantizerConfig
-from lbi.quantizers import Method, Observed
+from lbi.quantizers import COMMON, Method, Needs, Observed
 
 if TYPE_CHECKING:
     import torch
@@ -98,18 +98,18 @@ _READERS: dict[str, Callable[[Any], float]] = {
 }
 
 METHODS = {
-    "int8_wo": Method(apply=int8_wo, knobs=frozenset({"bits", "skip"}), bits=(8,), package="torchao"),
+    "int8_wo": Method(apply=int8_wo, knobs=COMMON | {"bits"}, bits=(8,), needs=Needs(packages=("torchao",))),
     "int4_wo": Method(
         apply=int4_wo,
-        knobs=frozenset({"bits", "group_size", "qparams", "skip"}),
+        knobs=COMMON | {"bits", "group_size", "qparams"},
         bits=(4,),
-        package="torchao",
+        needs=Needs(packages=("torchao",)),
     ),
     "intx_sim": Method(
         apply=intx_sim,
-        knobs=frozenset({"bits", "group_size", "symmetric", "skip"}),
+        knobs=COMMON | {"bits", "group_size", "symmetric"},
         bits=(1, 2, 3, 4, 5, 6, 7, 8),
-        package="torchao",
+        needs=Needs(packages=("torchao",)),
         simulated=True,
     ),
 }
