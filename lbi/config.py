@@ -109,7 +109,9 @@ class CompilerConfig:
     """What compiles the forward pass."""
 
     name: str = knob("name shown in tables")
-    backend: Literal["eager", "inductor"] = knob("eager runs op by op")
+    backend: Literal["eager", "inductor", "cudagraph"] = knob(
+        "eager runs op by op; cudagraph records the same kernels once and replays them in one launch"
+    )
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = knob(
         "torch.compile's mode", default="default"
     )

@@ -90,10 +90,10 @@ def _idle(spec: Field[Any]) -> Any:
 @rule("a knob that nothing reads would give two names to one measurement")
 def unused_knob(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     compiler, decoding = config.compiler, config.decoding
-    if compiler.backend == "eager":
+    if compiler.backend != "inductor":
         for name, idle in (("mode", "default"), ("prefill", False), ("coordinate_descent", False), ("options", {})):
             if getattr(compiler, name) != idle:
-                return f"compiler.{name} is for inductor; {compiler.name} runs eagerly"
+                return f"compiler.{name} is for inductor; {compiler.name} compiles nothing"
     if decoding.kind == "greedy":
         for name in ("temperature", "top_k", "top_p", "seed"):
             if getattr(decoding, name) is not None:
@@ -137,6 +137,15 @@ def hardware_fits(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str
     return None
 
 
+@rule("without candidates there is no choice, without a bound the smallest weights would win")
+def autoquant_is_complete(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.quantizer.family != "autoquant":
+        return None
+    if not config.quantizer.candidates:
+        return "autoquant needs quantizer.candidates, such as [int8_pack,int4_wo]"
+    return "autoquant needs quantizer.max_error" if config.quantizer.max_error is None else None
+
+
 @rule("the methods' own tables (torchao 0.18.0, hqq 0.2.8.post1, gemlite 0.6.0.post2)")
 def dtype_and_group_exist(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     needs, quantizer = method(config.quantizer).needs, config.quantizer
@@ -171,7 +180,11 @@ def gpu_is_there(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str 
 )
 def group_divides_rows(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     group = config.quantizer.group_size
-    if config.quantizer.family != "torchao" or group is None:
+    by_row = config.quantizer.family in ("torchao", "gemlite") or config.quantizer.backend in (
+        "torchao_int4",
+        "gemlite",
+    )
+    if not by_row or group is None:
         return None
     widths: dict[int, list[str]] = {}
     for layer, (inputs, _) in facts.matrices().items():
@@ -179,8 +192,8 @@ def group_divides_rows(config: LbiConfig, facts: ModelFacts, machine: Machine) -
             widths.setdefault(inputs, []).append(layer)
     for width, layers in widths.items():
         return (
-            f"groups of {group} do not divide the {width} inputs of {', '.join(layers)}: torchao would leave "
-            "those layers unquantized"
+            f"groups of {group} do not divide the {width} inputs of {', '.join(layers)}: those layers would be "
+            "left unquantized"
         )
     return None
 
@@ -197,20 +210,47 @@ def group_divides_matrix(config: LbiConfig, facts: ModelFacts, machine: Machine)
 
 
 @rule(
-    "torchao 0.18.0: PrototypeInt4WeightOnlyConfig packs for aten::_weight_int4pack_mm_for_cpu only; groups other "
-    "than 32, 64, 128 are refused; on a float32 model its prefill is a reference loop (285 CPU s for 2048 tokens)"
+    "torchao 0.18.0: PrototypeInt4WeightOnlyConfig packs for aten::_weight_int4pack_mm_for_cpu and refuses groups of "
+    "256; on a float32 model its prefill is a reference loop (285 CPU s for 2048 tokens). Int4WeightOnlyConfig: hqq's "
+    "parameters with tile_packed_to_4d only; plain and preshuffled raise 'Requires mslk >= 1.0.0'"
 )
-def int4_cpu_form(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
-    if config.quantizer.method != "int4_wo":
+def int4_forms(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    quantizer = config.quantizer
+    if quantizer.method not in ("int4_wo", "fp8_int4") or quantizer.family != "torchao":
         return None
-    if machine.device != "cpu":
-        return "int4_wo is the CPU form of TorchAO's int4; set engine.device=cpu"
-    if config.model.dtype != "bfloat16":
-        return f"int4_wo on a CPU has a kernel for bfloat16 only; model.dtype is {config.model.dtype}"
-    if config.quantizer.group_size not in (32, 64, 128):
-        return f"int4_wo has groups of 32, 64 or 128, not {config.quantizer.group_size}"
-    if config.quantizer.qparams not in ("tinygemm", "hqq"):
-        return f"int4_wo finds its scales by tinygemm or hqq, not {config.quantizer.qparams}"
+    if quantizer.method == "int4_wo" and quantizer.qparams not in ("tinygemm", "hqq"):
+        return f"int4_wo finds its scales by tinygemm or hqq, not {quantizer.qparams}"
+    if machine.device == "cpu":
+        if quantizer.packing != "auto":
+            return f"quantizer.packing={quantizer.packing} is a layout for GPUs"
+        return "int4_wo on a CPU has groups of 32, 64 or 128, not 256" if quantizer.group_size == 256 else None
+    if quantizer.packing in ("plain", "preshuffled"):
+        if "mslk-cuda" not in machine.packages:
+            return f"quantizer.packing={quantizer.packing} needs the package mslk: pip install mslk-cuda"
+        if quantizer.qparams == "hqq":
+            return "qparams=hqq is for quantizer.packing=tile_packed_to_4d"
+    return None
+
+
+@rule(
+    "hqq 0.2.8.post1: HQQLinearTorchWeightOnlynt4 asserts axis=1, 4 bits, bfloat16, groups of 32 to 256; gemlite "
+    "0.6.0.post2 asserts axis=1 and has 8, 4, 2 and 1 bits; prepare_for_inference(backend='gemlite') without gemlite "
+    "leaves HQQLinear in place without a word"
+)
+def hqq_backend(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    quantizer, backend = config.quantizer, config.quantizer.backend
+    if quantizer.family != "hqq" or backend in (None, "pytorch"):
+        return None
+    if machine.device != "cuda":
+        return f"quantizer.backend={backend} is made of GPU kernels; on a CPU there is backend=pytorch"
+    if quantizer.axis != 1:
+        return f"quantizer.backend={backend} has groups along the inputs only: quantizer.axis=1"
+    if backend == "gemlite" and "gemlite" not in machine.packages:
+        return "quantizer.backend=gemlite needs the package gemlite: pip install gemlite"
+    if backend == "gemlite" and quantizer.bits == 3:
+        return "gemlite has no 3-bit kernels; quantizer.backend=pytorch has"
+    if backend == "torchao_int4" and (quantizer.bits != 4 or config.model.dtype != "bfloat16"):
+        return "quantizer.backend=torchao_int4 is for 4 bits and bfloat16"
     return None
 
 
@@ -220,6 +260,8 @@ def int4_cpu_form(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str
 )
 def static_shapes_need_static_cache(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     compiler = config.compiler
+    if compiler.backend == "cudagraph" and config.cache.kind == "dynamic":
+        return "a CUDA graph replays fixed addresses, and a dynamic cache moves at every step: use cache=static"
     if compiler.backend == "inductor" and config.cache.kind == "dynamic" and compiler.dynamic is not True:
         return f"{compiler.name} compiles fixed shapes, and a dynamic cache grows at every step: use cache=static"
     return None
@@ -227,6 +269,8 @@ def static_shapes_need_static_cache(config: LbiConfig, facts: ModelFacts, machin
 
 @rule("torch 2.13.0: cudagraphs are skipped without a CUDA device, so the mode equals mode=default")
 def cuda_graphs_need_cuda(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.compiler.backend == "cudagraph" and machine.device != "cuda":
+        return "compiler=cudagraph replays CUDA graphs; on a CPU there is eager or inductor"
     if config.compiler.mode == "reduce-overhead" and machine.device != "cuda":
         return "mode reduce-overhead adds CUDA graphs and nothing else; on a CPU it is compiler=inductor"
     return None

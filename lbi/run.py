@@ -65,9 +65,12 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     from lbi.engines.hf import HfEngine
     from lbi.models import fit_tokens, load, read_text
 
+    steps.refuse_hardware(config)
     with phases("load"):
         loaded = load(config.model, config.engine)
-    layers = steps.quantize(config, loaded.model, record, phases)
+    tuning = Path(request["devices"]) / f"gemlite-{request['env_id']}.json"
+    sample = loaded.encode(read_text("text:chat"))
+    layers = steps.quantize(config, loaded.model, sample, tuning, record, phases)
     workload = config.workload
     prompt = fit_tokens(loaded.encode(read_text(workload.prompt)), workload.prompt_tokens)
     slots = config.cache.max_len or len(prompt) + workload.new_tokens
@@ -76,6 +79,7 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     engine = HfEngine(loaded.model, config, slots)
     check = steps.plain_path(config, loaded.model, prompt, phases)
     steps.warm_up(config, engine, prompt, record, phases)
+    steps.keep_tuning(layers, tuning)
     tokens = steps.measure(config, engine, prompt, record, phases)
     if check is not None:
         record.effective["lossless"] = check(tokens)

@@ -25,7 +25,14 @@ from lbi.worker import Task
 if TYPE_CHECKING:
     from lbi.plan import Cell
 
-PRIOR_S = {("cpu", "eager"): 20.0, ("cpu", "inductor"): 80.0, ("cuda", "eager"): 40.0, ("cuda", "inductor"): 120.0}
+PRIOR_S = {
+    ("cpu", "eager"): 20.0,
+    ("cpu", "inductor"): 80.0,
+    ("cpu", "cudagraph"): 20.0,
+    ("cuda", "eager"): 40.0,
+    ("cuda", "inductor"): 120.0,
+    ("cuda", "cudagraph"): 40.0,
+}
 """Seconds a run is guessed to take where the store has no history: SmolLM2 on two cores, an 8B model on a GPU."""
 
 

@@ -18,19 +18,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from lbi import environment, lossless, quality, roofline
+from lbi import environment, lossless, quality, roofline, rules
 from lbi.compilers import CompilerState, counters
 from lbi.config import CacheConfig, CompilerConfig, LbiConfig
 from lbi.energy import EnergyMeter
 from lbi.engines import Engine
 from lbi.engines.hf import HfEngine
-from lbi.errors import BadNumerics, Disturbed, NotApplied, RunFailure
+from lbi.errors import BadNumerics, Disturbed, NotApplied, RunFailure, Unsupported
 from lbi.files import BadFile, read_json, write_json
 from lbi.gpu_processes import ForeignWatch, named
 from lbi.metrics import Timing, model_bandwidth_utilization, prefill_flop, summarize
+from lbi.model_files import inspect
 from lbi.process import CpuWatch, PeakMemory, Phases
-from lbi.quantizers import assign, audit
+from lbi.quantizers import assign, audit, autoquant, gemlite
 from lbi.quantizers.int8_layers import quantize_embeddings
+from lbi.quantizers.options import parts
 from lbi.record import Record
 from lbi.store import SCHEMA
 
@@ -41,12 +43,34 @@ RECOMPILED = "recompiled"
 """Why a sample is void that compiled something."""
 
 
-def quantize(config: LbiConfig, model: Any, record: Record, phases: Phases) -> list[audit.Layer]:
-    """Quantize and audit; the linear layers as found. Raises `NotApplied` where they are not as asked."""
+def refuse_hardware(config: LbiConfig) -> None:
+    """Raises `Unsupported` for what this GPU cannot do: a login node that made the plan may not have known it."""
+    if config.sweep.prune:
+        machine, facts = rules.Machine.here(config.engine.device), inspect(config.model)
+        for part in (config.quantizer, *parts(config.quantizer)):
+            reason = rules.hardware_fits(replace(config, quantizer=part), facts, machine)
+            if reason is not None:
+                raise Unsupported(reason)
+
+
+def quantize(
+    config: LbiConfig, model: Any, sample: list[int], tuning: Path, record: Record, phases: Phases
+) -> list[audit.Layer]:
+    """Quantize and audit; the linear layers as found.
+
+    `sample` is the text whose pass autoquant looks at, `tuning` the file of GemLite's earlier tuning.
+
+    Raises `NotApplied` where the layers are not as asked.
+    """
     quantizer = config.quantizer
     before = CompilerState.take()
+    assignment = assign.by_name(model, quantizer)
+    if quantizer.family == "autoquant":
+        with phases("choose"):
+            assignment, record.effective["choices"] = autoquant.choose(model, config, assignment, sample)
     with phases("quantize"):
-        assignment = assign.by_name(model, quantizer)
+        if any(part.family == "gemlite" or part.backend == "gemlite" for part in assignment.values()):
+            record.effective["gemlite_tuning"] = "kept from earlier runs" if gemlite.load_tuning(tuning) else "own"
         assign.apply(model, assignment)
         if quantizer.embeddings == "int8":
             quantize_embeddings(model)
@@ -73,6 +97,12 @@ def quantize(config: LbiConfig, model: Any, record: Record, phases: Phases) -> l
     return layers
 
 
+def keep_tuning(layers: list[audit.Layer], file: Path) -> None:
+    """Keep what GemLite's kernels were tuned to in the warm-up, if there are any."""
+    if any(layer.seen.kind.startswith("GemLite") for layer in layers):
+        gemlite.save_tuning(file)
+
+
 def plain_path(
     config: LbiConfig, model: Any, prompt: list[int], phases: Phases
 ) -> Callable[[list[int]], dict[str, Any]] | None:
@@ -94,7 +124,7 @@ def plain_path(
 
 def warm_up(config: LbiConfig, engine: HfEngine, prompt: list[int], record: Record, phases: Phases) -> None:
     """Compile, generate until warm, and read back what was compiled and which cache is used."""
-    compiled = config.compiler.backend == "inductor"
+    compiled = config.compiler.backend != "eager"
     durations, cache = [], {}
     with phases("compile" if compiled else "warm up"):
         if compiled:
@@ -108,13 +138,24 @@ def warm_up(config: LbiConfig, engine: HfEngine, prompt: list[int], record: Reco
     record.effective["cache"] = cache
     record.metrics["kv_bytes"] = float(cache["bytes"])
     _check_cache(config, cache)
+    record.first_call_s = durations[0]
+    if compiled:
+        _note_compiled(config, engine, record)
+
+
+def _note_compiled(config: LbiConfig, engine: HfEngine, record: Record) -> None:
+    """Record what was compiled or captured. Raises `NotApplied` where that is not what was asked for."""
+    if engine.graphed is not None:
+        record.effective["compiler"] = {"cuda_graphs": engine.graphed.graphs, "replays": engine.graphed.replays}
+        if not engine.graphed.replays:
+            raise NotApplied(f"{config.compiler.name} was asked for and no step was replayed")
+        return
     seen = counters()
     # A compile that found its graphs in inductor's cache must not pass for a cold one.
-    record.effective["compiler"] = {**seen, "start": "warm" if seen["cache_hits"] else "cold" if compiled else None}
-    record.first_call_s = durations[0]
-    if compiled and seen["graphs"] == 0:
+    record.effective["compiler"] = {**seen, "start": "warm" if seen["cache_hits"] else "cold"}
+    if seen["graphs"] == 0:
         raise NotApplied(f"{config.compiler.name} was asked for and nothing was compiled")
-    if compiled and config.compiler.fullgraph and seen["graph_breaks"]:
+    if config.compiler.fullgraph and seen["graph_breaks"]:
         raise NotApplied(f"fullgraph was asked for and there are {seen['graph_breaks']} graph breaks")
 
 

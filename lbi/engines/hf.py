@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lbi.config import LbiConfig
+from lbi.cuda_graphs import GraphedForward
 from lbi.engines import Generation
 from lbi.metrics import Timing
 
@@ -68,6 +69,7 @@ class HfEngine:
     def __init__(self, model: Any, config: LbiConfig, slots: int) -> None:
         self.model, self.config, self.slots = model, config, slots
         self.device = config.engine.device
+        self.graphed: GraphedForward | None = None
         # generate() fills what is unset in its config from the model's own: EOS must not come back that way.
         model.generation_config = GenerationConfig(pad_token_id=0)
 
@@ -76,7 +78,11 @@ class HfEngine:
         from lbi.compilers import compile_function
 
         plain = self.model.forward
-        compiled = compile_function(plain, self.config.compiler)
+        if self.config.compiler.backend == "cudagraph":
+            self.graphed = GraphedForward(plain)
+            compiled: Any = self.graphed
+        else:
+            compiled = compile_function(plain, self.config.compiler)
         prefill = compiled if self.config.compiler.prefill else plain
 
         @functools.wraps(plain)

@@ -1,13 +1,14 @@
-"""HQQ: half-quadratic quantization, each layer replaced by hqq's own module.
+"""HQQ: half-quadratic quantization, each layer replaced by hqq's own module or by a kernel's.
 
-Used directly, because transformers 5 no longer implements its HqqConfig. The
-backend is hqq's plain PyTorch one, which unpacks the whole weight at each call:
-small in memory, slow in time.
+Used directly, because transformers 5 no longer implements its HqqConfig. `backend` is what
+multiplies: hqq's plain PyTorch (unpacks the whole weight at each call: small in memory, slow
+in time), tinygemm through hqq's patch for torchao_int4, or GemLite's kernels. hqq itself
+falls back to PyTorch without a word where GemLite is missing; here that is an error.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lbi.config import QuantizerConfig
 from lbi.quantizers import COMMON, Method, Needs, Observed
@@ -17,24 +18,45 @@ if TYPE_CHECKING:
 
 
 def hqq(model: torch.nn.Module, config: QuantizerConfig, targets: frozenset[str]) -> None:
-    """Replace each target by an HQQLinear. Groups may cross rows where they do not divide them."""
-    from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
+    """Replace each target. With the plain backend groups may cross rows where they do not divide them."""
+    from hqq.core.quantize import HQQBackend, HQQLinear
 
-    settings = BaseQuantizeConfig(nbits=config.bits, group_size=config.group_size, axis=config.axis)
     for name in sorted(targets):
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        layer = getattr(parent, child)
-        # hqq's own defaults are CUDA and float16, whatever the layer is.
-        replaced = HQQLinear(
-            layer, settings, compute_dtype=layer.weight.dtype, device=str(layer.weight.device), del_orig=True
-        )
-        setattr(parent, child, replaced)
+        layer = as_hqq(model.get_submodule(name), config)
+        model.set_submodule(name, _for_backend(layer, config))
     HQQLinear.set_backend(HQQBackend.PYTORCH)
 
 
+def as_hqq(layer: Any, config: QuantizerConfig) -> Any:
+    """One linear layer as an HQQLinear; its own weight is given up."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    from lbi.quantizers.hqq_solver import quick
+
+    settings = BaseQuantizeConfig(nbits=config.bits, group_size=config.group_size, axis=config.axis)
+    with quick():
+        # hqq's own defaults are CUDA and float16, whatever the layer is.
+        return HQQLinear(
+            layer, settings, compute_dtype=layer.weight.dtype, device=str(layer.weight.device), del_orig=True
+        )
+
+
+def _for_backend(layer: Any, config: QuantizerConfig) -> Any:
+    if config.backend == "torchao_int4":
+        from hqq.backends.torchao import patch_hqq_to_aoint4
+
+        return patch_hqq_to_aoint4(layer, None)
+    if config.backend == "gemlite":
+        from lbi.quantizers.gemlite import from_hqq
+
+        return from_hqq(layer)
+    return layer
+
+
 def observe(layer: torch.nn.Module) -> Observed | None:
-    """An HQQLinear; None for anything else."""
+    """An HQQLinear, or hqq's tinygemm module; None for anything else."""
+    if type(layer).__name__ == "HQQLinearTorchWeightOnlynt4":
+        return _tinygemm(layer)
     if type(layer).__name__ != "HQQLinear":
         return None
     meta, packed = layer.meta, layer.W_q
@@ -51,10 +73,22 @@ def observe(layer: torch.nn.Module) -> Observed | None:
     )
 
 
+def _tinygemm(layer: Any) -> Observed:
+    packed, scales = layer.weight_int4pack, layer.scales_and_zeros
+    tensors = [packed, scales] if layer.bias is None else [packed, scales, layer.bias]
+    return Observed(
+        kind="HQQLinear[tinygemm]",
+        quantized=True,
+        bits=8.0 * packed.untyped_storage().nbytes() / (layer.in_features * layer.out_features),
+        group_size=layer.groupsize,
+        tensors=tensors,
+    )
+
+
 METHODS = {
     "hqq": Method(
         apply=hqq,
-        knobs=COMMON | {"bits", "group_size", "axis"},
+        knobs=COMMON | {"bits", "group_size", "axis", "backend"},
         bits=(8, 4, 3, 2, 1),
         needs=Needs(packages=("hqq",)),
     )

@@ -1,0 +1,158 @@
+"""GemLite: Triton kernels for every pair of activation and weight widths.
+
+The package cannot be imported without a GPU (it asks for its compute capability), so it is
+imported when a layer is made, and never earlier. A name says what multiplies what: a16w4 is
+16-bit inputs and 4-bit weights, a8w8 quantizes the inputs at each call.
+
+Its kernels are tuned at the first call of each shape, in the warm-up; `load_tuning` and
+`save_tuning` keep the result per environment, so that it is paid once.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lbi.config import QuantizerConfig
+from lbi.errors import Unsupported
+from lbi.quantizers import COMMON, Method, Needs, Observed
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _helper() -> Any:
+    """gemlite.helper. Raises `Unsupported` where it cannot be imported: nothing else takes its place."""
+    try:
+        import gemlite.helper
+    except (ImportError, RuntimeError, AssertionError) as error:
+        raise Unsupported(f"gemlite cannot be imported: {error}") from error
+    return gemlite.helper
+
+
+def from_hqq(layer: Any) -> Any:
+    """An HQQLinear (axis 1) as a layer of GemLite, its parameters unchanged."""
+    bits, device = layer.meta["nbits"], layer.W_q.device
+    return getattr(_helper(), f"A16W{bits}_HQQ_INT")(device=device, dtype=layer.compute_dtype).from_hqqlinear(layer)
+
+
+def _with(processor: str, **settings: Any) -> Callable[[torch.nn.Module, QuantizerConfig, frozenset[str]], None]:
+    """A method that hands each target to one of GemLite's processors."""
+
+    def apply(model: torch.nn.Module, config: QuantizerConfig, targets: frozenset[str]) -> None:
+        made = None
+        for name in sorted(targets):
+            layer: Any = model.get_submodule(name)
+            kind = getattr(_helper(), processor)
+            made = made or kind(device=layer.weight.device, dtype=layer.weight.dtype, **settings)
+            model.set_submodule(name, _convert(made, layer, config))
+
+    return apply
+
+
+def _convert(processor: Any, layer: Any, config: QuantizerConfig) -> Any:
+    if hasattr(processor, "from_hqqlinear") and config.group_size is not None:
+        from lbi.quantizers.hqq import as_hqq
+
+        return processor.from_hqqlinear(as_hqq(layer, config))
+    if hasattr(processor, "from_bitlinear"):
+        weight, scale = _ternary(layer.weight)
+        return processor.from_weights(weight, scale, layer.bias)
+    return processor.from_linear(layer)
+
+
+def _ternary(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """BitNet b1.58 (arXiv 2402.17764): round(W / mean|W|) to -1, 0, 1, and the mean."""
+    scale = weight.detach().float().abs().mean()
+    return (weight.detach().float() / scale).round_().clamp_(-1, 1).to(weight.dtype), scale
+
+
+def observe(layer: torch.nn.Module) -> Observed | None:
+    """A GemLiteLinear; None for anything else."""
+    if type(layer).__name__ != "GemLiteLinearTriton":
+        return None
+    held: Any = layer
+    weights = held.in_features * held.out_features
+    scales = int(held.scales.numel())
+    group = None if scales <= held.out_features else weights // scales
+    tensors = [held.W_q, held.scales, held.zeros]
+    if held.bias is not None:
+        tensors.append(held.bias)
+    inputs = f"{held.input_dtype.name} inputs" if held.scaled_activations else held.input_dtype.name
+    return Observed(
+        kind=f"GemLiteLinear[{inputs}, {held.W_nbits} bit]",
+        quantized=True,
+        bits=8.0 * held.W_q.untyped_storage().nbytes() / weights,
+        group_size=group,
+        tensors=tensors,
+    )
+
+
+def load_tuning(file: Path) -> bool:
+    """Use the tuning of earlier runs, if there is one. Raises `Unsupported` like every use of GemLite."""
+    _helper()
+    import gemlite
+
+    return file.exists() and bool(gemlite.load_config(str(file), print_error=False))
+
+
+def save_tuning(file: Path) -> None:
+    """Keep the tuning of this process and of those before it, as one whole file."""
+    import gemlite
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=".tuning-")
+    os.close(handle)
+    gemlite.cache_config(scratch)
+    Path(scratch).replace(file)
+
+
+_DTYPES = ("float16", "bfloat16")
+_INT8 = "its kernels are made of sm_80's instructions"
+_FP8 = "Triton converts e4m3 from there on"
+
+
+def _method(
+    apply: Any, bits: int, capability: float, because: str, *, group: bool = False, inputs: int = 16, divisor: int = 32
+) -> Method:
+    return Method(
+        apply=apply,
+        knobs=COMMON | {"bits"} | ({"group_size", "axis"} if group else set()),
+        bits=(bits,),
+        needs=Needs(
+            devices=("cuda",),
+            capability=capability,
+            because=because,
+            dtypes=_DTYPES,
+            packages=("gemlite", *(("hqq",) if group else ())),
+            divisor=divisor,
+        ),
+        activations=inputs,
+        kernels={"cuda": "gemv|gemm"},
+    )
+
+
+METHODS = {
+    "a16w8_int8": _method(_with("A16W8_INT8"), 8, 8.0, _INT8),
+    "a16w8_fp8": _method(_with("A16W8_FP8"), 8, 8.9, _FP8),
+    "a16w8": _method(_with("A16W8_HQQ_INT"), 8, 8.0, _INT8, group=True),
+    "a16w4": _method(_with("A16W4_HQQ_INT"), 4, 8.0, _INT8, group=True),
+    "a16w2": _method(_with("A16W2_HQQ_INT"), 2, 8.0, _INT8, group=True),
+    "a16w1": _method(_with("A16W1_HQQ_INT"), 1, 8.0, _INT8, group=True),
+    "a16w8_mxfp": _method(_with("A16W8_MXFP"), 8, 8.9, _FP8),
+    "a16w4_mxfp": _method(_with("A16W4_MXFP"), 4, 8.9, _FP8),
+    "a16w4_nvfp": _method(_with("A16W4_NVFP"), 4, 8.9, _FP8),
+    "a8w8_int8": _method(_with("A8W8_INT8_dynamic"), 8, 8.0, _INT8, inputs=8),
+    "a8w8_fp8": _method(_with("A8W8_FP8_dynamic"), 8, 8.9, _FP8, inputs=8),
+    "a8w4": _method(_with("A8W4_HQQ_INT_dynamic"), 4, 8.9, _FP8, group=True, inputs=8),
+    "a8w2": _method(_with("A8W2_HQQ_INT_dynamic"), 2, 8.9, _FP8, group=True, inputs=8),
+    "a8w8_mxfp": _method(_with("A8W8_MXFP_dynamic"), 8, 8.9, _FP8, inputs=8),
+    "a8w4_mxfp": _method(_with("A8W4_MXFP_dynamic"), 4, 8.9, _FP8, inputs=8),
+    "a4w4_mxfp": _method(_with("A4W4_MXFP_dynamic"), 4, 8.9, _FP8, inputs=4),
+    "a4w4_nvfp": _method(_with("A4W4_NVFP_dynamic"), 4, 8.9, _FP8, inputs=4),
+    "a16w158": _method(_with("A16W158_INT"), 2, 8.0, _INT8),
+    "a8w158": _method(_with("A8W158_INT_dynamic"), 2, 8.0, _INT8, inputs=8),
+}

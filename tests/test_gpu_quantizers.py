@@ -1,0 +1,100 @@
+"""Every quantizer that a GPU can run: a layer's output against the float64 product of what it stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lbi import rules
+from lbi.config import LbiConfig
+from lbi.model_files import ModelFacts
+from lbi.quantizers import assign, audit, method
+from lbi.quantizers.options import option
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+
+CONF = Path(__file__).parent.parent / "conf" / "quantizer"
+
+SHAPES = [(2048, 768)]
+
+BARE = ("mix", "autoquant", "custom", "checkpoint", "none")
+
+VARIANTS = [
+    *sorted(path.stem for path in CONF.glob("*.yaml") if path.stem not in BARE),
+    "int4_wo group_size=64",
+    "int4_wo group_size=128",
+    "int4_wo group_size=256",
+    "int4_wo group_size=64 qparams=hqq",
+    "int4_wo group_size=128 packing=plain",
+    "int4_wo group_size=128 packing=preshuffled",
+    "fp8_wo granularity=tensor",
+    "fp8_da granularity=tensor",
+    "int8_da granularity=tensor",
+    "hqq4 backend=torchao_int4",
+    "hqq8 backend=gemlite",
+    "hqq4 backend=gemlite",
+    "hqq2 backend=gemlite",
+    "hqq1 backend=gemlite",
+    "mx_sim bits=8",
+]
+
+
+def inputs(name: str, rows: int, width: int) -> torch.Tensor:
+    """Inputs that survive the option's own quantization of them exactly, so that only the product is tested."""
+    config = option(name)
+    activations = method(config).activations
+    if activations == 16:
+        return torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
+    if activations == 8 and ("int8" in config.name or config.method == "a8w158"):
+        made = torch.randint(-127, 128, (rows, width), device="cuda").to(torch.bfloat16)
+        made[:, 0] = 127
+        return made
+    if activations == 8:
+        made = (torch.randn(rows, width, device="cuda") * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        made = made.to(torch.bfloat16)
+        made[:, ::32] = 448
+        return made
+    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device="cuda", dtype=torch.bfloat16)
+    made = levels[torch.randint(8, (rows, width), device="cuda")]
+    made *= torch.randint(0, 2, made.shape, device="cuda") * 2 - 1
+    made[:, ::16] = 6
+    return made
+
+
+def refused(name: str, whole: LbiConfig) -> str | None:
+    """Why the rules keep this option from this GPU."""
+    from dataclasses import replace
+
+    found = rules.refuse(
+        replace(whole, quantizer=option(name)), ModelFacts(None, None, None), rules.Machine.here("cuda")
+    )
+    return found[1] if found else None
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_layers_output_is_its_stored_weights_product(
+    name: str, shape: tuple[int, int], plan: object, record_property: object
+) -> None:
+    made = plan("engine.device=cuda", "model.dtype=bfloat16")  # type: ignore[operator]
+    reason = refused(name, made.cells[0].config)
+    if reason is not None:
+        pytest.skip(reason)
+    config = option(name)
+    block = torch.nn.ModuleDict({"layer": torch.nn.Linear(*shape, bias=False)}).to("cuda", torch.bfloat16)
+    original = block["layer"].weight.detach().double()
+    with torch.no_grad():
+        assignment = assign.by_name(block, config)
+        assign.apply(block, assignment)
+        layers = audit.read_layers(block, frozenset(assignment))
+        audit.check(layers, assignment, config.name)
+        weight = block["layer"](torch.eye(shape[0], dtype=torch.bfloat16, device="cuda")).double().T
+        for rows in (1, 6):
+            given = inputs(name, rows, shape[0])
+            product = given.double() @ weight.T
+            error = (block["layer"](given).double() - product).norm() / product.norm()
+            assert error < 1e-2, f"{rows} rows: {error:.4f}"
+        off = (weight - original).norm() / original.norm()
+    assert 1e-4 < off < 1.0
