@@ -88,6 +88,25 @@ def compile_function(function: Callable[..., Any], config: CompilerConfig) -> Ca
     return compiled
 
 
+def compile_linears(model: Any, config: CompilerConfig) -> None:
+    """Have each linear layer of `model` compiled at its first call with one token; other calls stay as they are.
+
+    A kernel serves all layers of its shape, so a model of 224 layers compiles four or five.
+    """
+    # The default of 8 graphs for one function is fewer than a model has shapes and kinds of layer.
+    torch._dynamo.config.recompile_limit = 256
+    for layer in model.modules():
+        if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+            layer.forward = _for_one_token(layer.forward, compile_function(layer.forward, config))
+
+
+def _for_one_token(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(inputs: torch.Tensor) -> Any:
+        return (compiled if inputs.numel() == inputs.shape[-1] else plain)(inputs)
+
+    return forward
+
+
 def counters() -> dict[str, int]:
     """What dynamo and inductor have done so far in this process.
 

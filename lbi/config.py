@@ -74,6 +74,13 @@ class QuantizerConfig:
         "torchao int4: the layout; auto takes the device's own, plain and preshuffled need the package mslk",
         default=None,
     )
+    accumulate: Literal["float32", "native"] | None = knob(
+        "gemlite: type of the sums that its blocks add up in memory; native is the output's, faster and less exact",
+        default=None,
+    )
+    tuning: Literal["default", "fast", "max"] | None = knob(
+        "gemlite: how many forms of each kernel are tried at its first call; default tries none", default=None
+    )
     lm_head: Literal["keep", "int8", "same"] = knob(
         "the output projection: as it is, int8 with a scale a row, or like the other layers", default="keep"
     )
@@ -118,6 +125,11 @@ class CompilerConfig:
     fullgraph: bool = knob("a graph break is an error", default=True)
     dynamic: bool | None = knob("shapes: false static, true dynamic, null decided by torch", default=False)
     prefill: bool = knob("compile the prefill too, not only the decode step", default=False)
+    linears: bool = knob(
+        "cudagraph: compile each linear layer by inductor before recording, so that it widens its weights as it reads "
+        "them; a kernel a shape, seconds instead of minutes",
+        default=False,
+    )
     coordinate_descent: bool = knob(
         "inductor's coordinate descent tuning: rewrites M=1 matmuls into fused reductions",
         default=False,

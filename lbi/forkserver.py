@@ -30,14 +30,18 @@ from lbi.process import die_with_parent
 
 MODULES = ("lbi.steps", "lbi.models", "lbi.reference", "transformers.models.llama.modeling_llama")
 OPTIONAL = ("torchao.quantization", "hqq.core.quantize")
+"""Imported too, but not where there is a GPU: torchao asks it for its capability, which no fork survives."""
+
+
+OWN_VARIABLES = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""OpenBLAS would start its threads when numpy is imported, and looking for a GPU through CUDA would initialize it."""
 
 
 class ForkServer:
     """The worker's end. `process` is the server; `refusal` why it cannot be used, if so."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
-        # OpenBLAS would start its threads when numpy is imported.
-        self.variables = {**variables, "OPENBLAS_NUM_THREADS": "1"}
+        self.variables = {**variables, **OWN_VARIABLES}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lbi.forkserver"],
             stdin=subprocess.PIPE,
@@ -53,7 +57,7 @@ class ForkServer:
     def serves(self, variables: Mapping[str, str]) -> bool:
         """Whether this server is alive and is, or would be, the one for children with this environment."""
         alive = self.refusal is not None or self.process.poll() is None
-        return alive and {**variables, "OPENBLAS_NUM_THREADS": "1"} == self.variables
+        return alive and {**variables, **OWN_VARIABLES} == self.variables
 
     def start(self, module: str, argument: str, log: Path) -> Forked:
         """Fork a child that runs `module.main(Path(argument))` with its output in `log`."""
@@ -144,13 +148,13 @@ def _import_all() -> str | None:
             importlib.import_module(name)
         except ImportError as error:
             return f"{name} does not import: {error}"
-    for name in OPTIONAL:
+    import torch
+
+    for name in () if torch.cuda.is_available() else OPTIONAL:
         try:
             importlib.import_module(name)
         except ImportError:
             continue
-    import torch
-
     if torch.cuda.is_initialized():
         return "an import has initialized CUDA"
     threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0

@@ -90,8 +90,12 @@ def _idle(spec: Field[Any]) -> Any:
 @rule("a knob that nothing reads would give two names to one measurement")
 def unused_knob(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     compiler, decoding = config.compiler, config.decoding
+    if compiler.linears and compiler.backend != "cudagraph":
+        return f"compiler.linears is for cudagraph; {compiler.name} is {compiler.backend}"
     if compiler.backend != "inductor":
         for name, idle in (("mode", "default"), ("prefill", False), ("coordinate_descent", False), ("options", {})):
+            if compiler.linears and name in ("coordinate_descent", "options"):
+                continue
             if getattr(compiler, name) != idle:
                 return f"compiler.{name} is for inductor; {compiler.name} compiles nothing"
     if decoding.kind == "greedy":

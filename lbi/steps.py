@@ -146,7 +146,8 @@ def warm_up(config: LbiConfig, engine: HfEngine, prompt: list[int], record: Reco
 def _note_compiled(config: LbiConfig, engine: HfEngine, record: Record) -> None:
     """Record what was compiled or captured. Raises `NotApplied` where that is not what was asked for."""
     if engine.graphed is not None:
-        record.effective["compiler"] = {"cuda_graphs": engine.graphed.graphs, "replays": engine.graphed.replays}
+        found = {"cuda_graphs": engine.graphed.graphs, "replays": engine.graphed.replays}
+        record.effective["compiler"] = {**counters(), **found} if config.compiler.linears else found
         if not engine.graphed.replays:
             raise NotApplied(f"{config.compiler.name} was asked for and no step was replayed")
         return

@@ -75,10 +75,12 @@ class HfEngine:
 
     def compile(self) -> None:
         """Replace the model's forward by its compiled form for the decode step (and the prefill, if asked)."""
-        from lbi.compilers import compile_function
+        from lbi.compilers import compile_function, compile_linears
 
         plain = self.model.forward
         if self.config.compiler.backend == "cudagraph":
+            if self.config.compiler.linears:
+                compile_linears(self.model, self.config.compiler)
             self.graphed = GraphedForward(plain)
             compiled: Any = self.graphed
         else:

@@ -60,7 +60,7 @@ class LayerPass:
 
 
 def _compiled(layer: Any, compiler: CompilerConfig) -> Callable[[torch.Tensor], Any]:
-    if compiler.backend != "inductor":
+    if compiler.backend != "inductor" and not compiler.linears:
         return layer  # type: ignore[no-any-return]
     from lbi.compilers import compile_function
 
