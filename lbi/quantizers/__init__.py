@@ -18,7 +18,7 @@ from lbi.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-FAMILIES = ("none", "aten", "torchao", "hqq", "mix")
+FAMILIES = ("none", "aten", "torchao", "hqq", "ternary", "mix")
 """Family modules."""
 
 COMMON = frozenset({"lm_head", "embeddings", "skip"})
