@@ -17,6 +17,7 @@ from lbi.errors import NotApplied, Unsupported
 from lbi.kernels import cpu_build, rsr_index, ternary_ops
 from lbi.quantizers import audit
 from lbi.quantizers.ternary_layers import RsrLinear, TernaryLinear, ternarize
+from lbi.verdicts import PRUNED, RUN
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in cpu_build.COMPILERS), reason="there is no C++ compiler"
@@ -169,6 +170,15 @@ def test_the_block_size_is_that_of_least_work() -> None:
         assert rsr_index.block_size(columns, fold=False) <= rsr_index.block_size(columns)
     with pytest.raises(ValueError, match="16 bits"):
         rsr_index.build(np.zeros((1, 65_536), dtype=np.int8), 1)
+    with pytest.raises(ValueError, match="1 to 14"):
+        rsr_index.build(np.zeros((1, 8), dtype=np.int8), 15)
+
+
+def test_rsr_is_pruned_where_it_cannot_be_built(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lbi.rules.shutil.which", lambda name: None)
+    made = plan("quantizer=bitnet,rsr")
+    assert [cell.verdict for cell in made.cells] == [RUN, PRUNED]
+    assert made.cells[1].rule == "rsr_can_be_built"
 
 
 def test_the_scale_is_the_mean_of_the_weights_sizes() -> None:

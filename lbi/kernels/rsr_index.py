@@ -34,13 +34,15 @@ def build(codes: npt.NDArray[np.int8], k: int) -> tuple[npt.NDArray[np.uint16], 
 
     A block's stream is, for the positive and then for the negative weights: length, count, `count` times a
     key and the `length` columns that have it, for every length that occurs; then 0. Bit j of a key is row j
-    of the block. Raises `ValueError` for more than 65,535 columns.
+    of the block. Raises `ValueError` for more than 65,535 columns, and a k outside 1 to 14.
     """
     import numpy as np
 
     rows, columns = codes.shape
     if columns > COLUMNS:
         raise ValueError(f"RSR's index numbers columns in 16 bits: {columns} are more than {COLUMNS}")
+    if not 1 <= k <= LARGEST_K:
+        raise ValueError(f"a block of {k} rows: RSR's have 1 to {LARGEST_K}")
     pieces: list[npt.NDArray[np.int64]] = []
     starts = [0]
     for first in range(0, rows, k):

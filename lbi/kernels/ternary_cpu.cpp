@@ -18,7 +18,7 @@ constexpr int64_t WORD_COLUMNS = 128;  // 8 lanes of 16 weights each
 constexpr int64_t BYTE_COLUMNS = 32;   // 8 lanes of 4 weights each, for the rest of a row
 constexpr int64_t SERIAL = 1 << 16;    // multiplications below which a second thread costs more than it gives
 
-using Floats = float __attribute__((vector_size(32)));
+using Floats = float __attribute__((vector_size(32), may_alias));
 using Words = uint32_t __attribute__((vector_size(32)));
 using Bytes = uint8_t __attribute__((vector_size(8)));
 
@@ -100,7 +100,9 @@ void dot_products(const uint8_t* packed, int64_t width, const float* x, float (&
         accumulate<Rows, Inputs, 4>(words, x + column, width, sums);
     }
     for (int row = 0; row < Rows; ++row) {
-        for (int input = 0; input < Inputs; ++input) results[row][input] = total(sums[0][row][input] + sums[1][row][input]);
+        for (int input = 0; input < Inputs; ++input) {
+            results[row][input] = total(sums[0][row][input] + sums[1][row][input]);
+        }
     }
 }
 
@@ -125,8 +127,9 @@ void tile(const Product& p, int64_t row, int64_t input) {
 }
 
 template <int Rows>
-void rows_of_outputs(const Product& p, int64_t row) {
+void multiply_rows(const Product& p, int64_t row) {
     int64_t input = 0;
+    // Four inputs share what is decoded for two rows: more would not fit in 16 registers.
     for (; input + 4 <= p.inputs; input += 4) {
         for (int64_t half = 0; half < Rows; half += 2) tile<Rows == 1 ? 1 : 2, 4>(p, row + half, input);
     }
@@ -137,7 +140,7 @@ void rows_of_outputs(const Product& p, int64_t row) {
 // matrix, are its key. Columns of one key are added first, once, whatever number of rows they count for. The index
 // of a block is a stream of 16-bit numbers, for each sign: length, count, and `count` times a key and the `length`
 // columns that have it; the length 0 ends the sign. Segments in order of their length, because a branch that falls
-// otherwise each time costs more than the additions it guards.
+// otherwise each time costs more than the additions it guards; the shortest have code of their own for the same end.
 template <typename Value>
 inline Value segment_sum(const Value* x, const uint16_t* columns, int length) {
     Value even = x[columns[0]], odd = {};
@@ -204,15 +207,74 @@ void rows_by_folding(Value* sums, int k, Value* rows) {
     }
 }
 
+struct RsrProduct {
+    const void* x;
+    void* y;
+    const uint16_t* index;
+    const int64_t* starts;  // of each block's stream
+    float scale;
+    int64_t inputs, columns, outputs;
+    int k;
+    bool fold, bf16;
+    int threads;
+};
+
+// A block's rows for the inputs in `x`, one in each lane of a Value.
 template <typename Value>
-void block_rows(const uint16_t* stream, int k, const Value* x, bool fold, Value* sums, Value* rows) {
-    std::fill(sums, sums + (int64_t(1) << k), Value{});
-    stream = sums_of_sign(stream, x, Value{} + 1.0f, sums);
-    sums_of_sign(stream, x, Value{} - 1.0f, sums);
-    if (fold) {
-        rows_by_folding(sums, k, rows);
+void multiply_block(const RsrProduct& p, int64_t block, const Value* x, Value* sums, Value* rows) {
+    std::fill(sums, sums + (int64_t(1) << p.k), Value{});
+    const uint16_t* negative = sums_of_sign(p.index + p.starts[block], x, Value{} + 1.0f, sums);
+    sums_of_sign(negative, x, Value{} - 1.0f, sums);
+    if (p.fold) {
+        rows_by_folding(sums, p.k, rows);
     } else {
-        rows_by_table(sums, k, rows);
+        rows_by_table(sums, p.k, rows);
+    }
+}
+
+template <typename Value>
+void write_block(const RsrProduct& p, int64_t block, int64_t first_input, const Value* rows) {
+    constexpr int64_t lanes = sizeof(Value) / sizeof(float);
+    const float* found = reinterpret_cast<const float*>(rows);
+    for (int64_t lane = 0; lane < std::min(lanes, p.inputs - first_input); ++lane) {
+        for (int64_t row = 0; row < std::min<int64_t>(p.k, p.outputs - block * p.k); ++row) {
+            const int64_t at = (first_input + lane) * p.outputs + block * p.k + row;
+            write(p.y, at, p.scale * found[row * lanes + lane], p.bf16);
+        }
+    }
+}
+
+// The inputs as float32, `lanes` of them side by side: tiles x columns x lanes.
+template <typename Value>
+std::vector<Value> tiled(const RsrProduct& p, int64_t tiles) {
+    constexpr int64_t lanes = sizeof(Value) / sizeof(float);
+    std::vector<Value> wide(tiles * p.columns);
+    float* into = reinterpret_cast<float*>(wide.data());
+    for (int64_t input = 0; input < p.inputs; ++input) {
+        const int64_t first = input / lanes * p.columns * lanes + input % lanes;
+        for (int64_t column = 0; column < p.columns; ++column) {
+            into[first + column * lanes] = read(p.x, input * p.columns + column, p.bf16);
+        }
+    }
+    return wide;
+}
+
+template <typename Value>
+void multiply_by_index(const RsrProduct& p) {
+    constexpr int64_t lanes = sizeof(Value) / sizeof(float);
+    const int64_t tiles = (p.inputs + lanes - 1) / lanes, blocks = (p.outputs + p.k - 1) / p.k;
+    const std::vector<Value> wide = tiled<Value>(p, tiles);
+    const int threads = p.inputs * p.columns * p.outputs < SERIAL ? 1 : p.threads;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<Value> sums(int64_t(1) << p.k), rows(p.k);
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; ++block) {
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                multiply_block(p, block, wide.data() + tile * p.columns, sums.data(), rows.data());
+                write_block(p, block, tile * lanes, rows.data());
+            }
+        }
     }
 }
 
@@ -231,53 +293,25 @@ void lbi_ternary_linear(const void* x, void* y, const uint8_t* packed, const flo
     }
     const Product p{packed, wide.data(), y, inputs, width, outputs, *scale / 2, bf16 != 0};
     constexpr int64_t ROWS = 4;
-#pragma omp parallel for schedule(static) num_threads(inputs* width* outputs < SERIAL ? 1 : threads)
+    if (inputs * width * outputs < SERIAL) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < outputs; row += ROWS) {
         if (row + ROWS <= outputs) {
-            rows_of_outputs<ROWS>(p, row);
+            multiply_rows<ROWS>(p, row);
         } else {
-            for (int64_t last = row; last < outputs; ++last) rows_of_outputs<1>(p, last);
+            for (int64_t last = row; last < outputs; ++last) multiply_rows<1>(p, last);
         }
     }
 }
 
 void lbi_rsr_linear(const void* x, void* y, const uint16_t* index, const int64_t* starts, const float* scale,
                     int64_t inputs, int64_t columns, int64_t outputs, int k, int fold, int bf16, int threads) {
-    const int64_t blocks = (outputs + k - 1) / k;
-    // One input is summed as it is; more go eight at a time, one in each lane.
-    const int64_t lanes = inputs == 1 ? 1 : LANES, tiles = (inputs + lanes - 1) / lanes;
-    std::vector<Floats> aligned((tiles * columns * lanes + LANES - 1) / LANES);
-    float* wide = reinterpret_cast<float*>(aligned.data());
-    for (int64_t input = 0; input < inputs; ++input) {
-        float* into = wide + input / lanes * columns * lanes + input % lanes;
-        for (int64_t column = 0; column < columns; ++column) {
-            into[column * lanes] = read(x, input * columns + column, bf16);
-        }
-    }
-#pragma omp parallel num_threads(inputs* columns* outputs < SERIAL ? 1 : threads)
-    {
-        std::vector<Floats> sums(int64_t(1) << k);
-        Floats rows[16];
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; ++block) {
-            for (int64_t tile = 0; tile < tiles; ++tile) {
-                const float* from = wide + tile * columns * lanes;
-                if (lanes == 1) {
-                    block_rows(index + starts[block], k, from, fold, reinterpret_cast<float*>(sums.data()),
-                               reinterpret_cast<float*>(rows));
-                } else {
-                    block_rows(index + starts[block], k, reinterpret_cast<const Floats*>(from), fold, sums.data(), rows);
-                }
-                const float* found = reinterpret_cast<const float*>(rows);
-                const int64_t here = std::min<int64_t>(k, outputs - block * k);
-                for (int64_t lane = 0; lane < std::min(lanes, inputs - tile * lanes); ++lane) {
-                    for (int64_t row = 0; row < here; ++row) {
-                        const int64_t at = (tile * lanes + lane) * outputs + block * k + row;
-                        write(y, at, *scale * found[row * lanes + lane], bf16);
-                    }
-                }
-            }
-        }
+    const RsrProduct p{x, y, index, starts, *scale, inputs, columns, outputs, k, fold != 0, bf16 != 0, threads};
+    // One input is added as it is; more go eight at a time, whatever a column's number costs to read.
+    if (inputs == 1) {
+        multiply_by_index<float>(p);
+    } else {
+        multiply_by_index<Floats>(p);
     }
 }
 
