@@ -90,7 +90,12 @@ void dot_products(const uint8_t* packed, int64_t width, const float* x, float (&
     const int64_t row_bytes = width / 4;
     int64_t column = 0;
     for (; column + WORD_COLUMNS <= width; column += WORD_COLUMNS) {
-        for (int row = 0; row < Rows; ++row) words[row] = load<Words>(packed + row * row_bytes + column / 4);
+        for (int row = 0; row < Rows; ++row) {
+            const uint8_t* at = packed + row * row_bytes + column / 4;
+            words[row] = load<Words>(at);
+            // The rows of the next tile: the processor's own prefetch stops at the end of a page, and so of a tile.
+            __builtin_prefetch(at + Rows * row_bytes);
+        }
         accumulate<Rows, Inputs, 16>(words, x + column, width, sums);
     }
     for (; column < width; column += BYTE_COLUMNS) {
