@@ -125,6 +125,15 @@ def test_without_a_compiler_torch_gives_the_same_numbers(dtype: torch.dtype) -> 
         RsrLinear(codes, scale, None)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_on_a_gpu_torch_unpacks(dtype: torch.dtype) -> None:
+    codes, scale = random_codes(67, 1000).cuda(), torch.rand(1).cuda()
+    layer = packed_layer(codes, scale)
+    assert layer.route == "unpacked by torch"
+    assert error(layer, codes, scale, torch.randn(3, 1000).to("cuda", dtype)) < TOLERANCE[dtype]
+
+
 def plain_rsr(codes: np.ndarray, vector: np.ndarray, k: int) -> np.ndarray:
     """RSR as the paper has it: permutation, segmentation, sums of segments, times the matrix of all keys."""
     rows = []
