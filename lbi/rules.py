@@ -15,6 +15,7 @@ from typing import Any
 
 from lbi import environment
 from lbi.config import LbiConfig, QuantizerConfig
+from lbi.kernels import rsr_index
 from lbi.model_files import ModelFacts
 from lbi.quantizers import method
 from lbi.quantizers.options import parts
@@ -291,6 +292,18 @@ def coordinate_descent_needs_gpu(config: LbiConfig, facts: ModelFacts, machine: 
 def inductor_on_cpu_needs_compiler(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     if config.compiler.backend == "inductor" and machine.device == "cpu" and not machine.has_compiler:
         return "inductor on a CPU needs a C++ compiler (g++ or clang++) on the PATH"
+    return None
+
+
+@rule("lbi/kernels/ternary_cpu.cpp is the only form of RSR, and its index has 16 bits for a column and for a length")
+def rsr_can_be_built(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.quantizer.method != "rsr":
+        return None
+    if not machine.has_compiler:
+        return f"{config.quantizer.name} needs a C++ compiler (g++ or clang++) on the PATH"
+    for layer, (inputs, _) in facts.matrices().items():
+        if inputs > rsr_index.COLUMNS:
+            return f"{config.quantizer.name} takes rows of up to {rsr_index.COLUMNS}; {layer} has {inputs} inputs"
     return None
 
 

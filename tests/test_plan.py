@@ -178,6 +178,8 @@ def test_rules_can_be_switched_off_to_test_them(plan: MakePlan) -> None:
         (("quantizer=hqq4", "quantizer.bits=5"), "bits_exist"),
         (("quantizer=int4_wo", "model.dtype=float32"), "int4_cpu_form"),
         (("quantizer=int4_wo", "quantizer.qparams=magic"), "int4_cpu_form"),
+        (("quantizer=rsr", "engine.device=cuda"), "hardware_fits"),
+        (("quantizer=bitnet", "model.dtype=float16"), "dtype_and_group_exist"),
         (("engine.device=cuda",), "gpu_is_there"),
         (("compiler=inductor_reduce_overhead", "cache=static"), "cuda_graphs_need_cuda"),
         (("compiler=inductor_tuned", "cache=static"), "coordinate_descent_needs_gpu"),

@@ -18,7 +18,7 @@ from lbi.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-FAMILIES = ("none", "aten", "torchao", "hqq", "gemlite", "mix", "autoquant")
+FAMILIES = ("none", "aten", "torchao", "hqq", "gemlite", "ternary", "mix", "autoquant")
 """Family modules."""
 
 COMMON = frozenset({"lm_head", "embeddings", "skip"})
