@@ -116,29 +116,30 @@ def sampling_is_complete(config: LbiConfig, facts: ModelFacts, machine: Machine)
     return f"sampling needs decoding.{missing[0]}" if missing else None
 
 
-@rule("importlib.metadata finds no such distribution")
-def package_is_installed(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
-    for package in method(config.quantizer).needs.packages:
-        device, _, name = package.rpartition(":")
-        if device in ("", machine.device) and name not in machine.packages:
-            return f"{config.quantizer.name} needs the package {name}: pip install {name}"
-    return None
-
-
 @rule(
     "torchao 0.18.0, gemlite 0.6.0.post2: asserted there, or read from the instructions their kernels use; "
     "fp8 matrix multiply from sm_89, block-scaled formats (MX, NVFP4) from sm_100"
 )
 def hardware_fits(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     needs, name = method(config.quantizer).needs, config.quantizer.name
+    wanted = f"sm_{round(10 * needs.capability)}"
+    because = f" ({needs.because})" if needs.because else ""
     if machine.device not in needs.devices:
-        return f"{name} runs on {'a GPU' if needs.devices == ('cuda',) else 'a CPU'} only" + (
-            f": {needs.because}" if needs.because else ""
-        )
+        newer = f" of {wanted} or newer" if needs.capability else ""
+        return f"{name} needs {'a CPU' if machine.device == 'cuda' else f'a GPU{newer}'}{because}"
     known = machine.device == "cuda" and machine.capability is not None
     if known and float(machine.capability or 0) < needs.capability:
-        wanted, have = (f"sm_{round(10 * value)}" for value in (needs.capability, machine.capability or 0))
-        return f"{name} needs {wanted} or newer ({needs.because}); this GPU is {have}"
+        have = f"sm_{round(10 * (machine.capability or 0))}"
+        return f"{name} needs a GPU of {wanted} or newer{because}; this one is {have}"
+    return None
+
+
+@rule("importlib.metadata finds no such distribution")
+def package_is_installed(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    for package in method(config.quantizer).needs.packages:
+        device, _, name = package.rpartition(":")
+        if device in ("", machine.device) and name not in machine.packages:
+            return f"{config.quantizer.name} needs the package {name}: pip install {name}"
     return None
 
 
