@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact_inputs import exact_inputs
 
 from lbi import rules
 from lbi.config import LbiConfig
 from lbi.model_files import ModelFacts
-from lbi.quantizers import assign, audit, method
+from lbi.quantizers import assign, audit
 from lbi.quantizers.options import option
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -40,28 +41,6 @@ VARIANTS = [
     "hqq1 backend=gemlite",
     "mx_sim bits=8",
 ]
-
-
-def inputs(name: str, rows: int, width: int) -> torch.Tensor:
-    """Inputs that survive the option's own quantization of them exactly, so that only the product is tested."""
-    config = option(name)
-    activations = method(config).activations
-    if activations == 16:
-        return torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
-    if activations == 8 and ("int8" in config.name or config.method == "a8w158"):
-        made = torch.randint(-127, 128, (rows, width), device="cuda").to(torch.bfloat16)
-        made[:, 0] = 127
-        return made
-    if activations == 8 and not (config.method == "mx_sim" and config.bits == 4):
-        made = (torch.randn(rows, width, device="cuda") * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
-        made = made.to(torch.bfloat16)
-        made[:, ::32] = 448
-        return made
-    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device="cuda", dtype=torch.bfloat16)
-    made = levels[torch.randint(8, (rows, width), device="cuda")]
-    made *= torch.randint(0, 2, made.shape, device="cuda") * 2 - 1
-    made[:, ::16] = 6
-    return made
 
 
 def refused(name: str, whole: LbiConfig) -> str | None:
@@ -94,7 +73,7 @@ def test_a_layers_output_is_its_stored_weights_product(
         audit.check(layers, assignment, config.name)
         weight = block["layer"](torch.eye(shape[0], dtype=torch.bfloat16, device="cuda")).double().T
         for rows in (1, 6):
-            given = inputs(name, rows, shape[0])
+            given = exact_inputs(config, rows, shape[0], "cuda")
             product = given.double() @ weight.T
             error = (block["layer"](given).double() - product).norm() / product.norm()
             assert error < 1e-2, f"{rows} rows: {error:.4f}"

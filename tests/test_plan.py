@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from lbi import environment
+from lbi import environment, rules
 from lbi.errors import InputError
+from lbi.model_files import inspect
 from lbi.plan import Plan, make_plan
 from lbi.store import Store
 from lbi.verdicts import DONE, DUPLICATE, PRUNED, RUN
@@ -176,8 +177,19 @@ def test_rules_can_be_switched_off_to_test_them(plan: MakePlan) -> None:
         (("+cache.max_len=64",), "unused_knob"),
         (("quantizer=int8_wo", "quantizer.bits=4"), "bits_exist"),
         (("quantizer=hqq4", "quantizer.bits=5"), "bits_exist"),
-        (("quantizer=int4_wo", "model.dtype=float32"), "int4_cpu_form"),
-        (("quantizer=int4_wo", "quantizer.qparams=magic"), "int4_cpu_form"),
+        (("quantizer=int4_wo", "model.dtype=float32"), "dtype_and_group_exist"),
+        (("quantizer=int4_wo", "quantizer.group_size=48"), "dtype_and_group_exist"),
+        (("quantizer=int4_wo", "quantizer.qparams=magic"), "int4_forms"),
+        (("quantizer=int4_wo", "quantizer.packing=plain"), "int4_forms"),
+        (("quantizer=hqq4", "quantizer.backend=gemlite"), "hqq_backend"),
+        (("quantizer=hqq4", "quantizer.backend=torchao_int4"), "hqq_backend"),
+        (("quantizer=fp8_da",), "hardware_fits"),
+        (("quantizer=gemlite_a16w4",), "hardware_fits"),
+        (("quantizer=mix", "quantizer.mix={default:gemlite_a16w4}"), "hardware_fits"),
+        (("quantizer=autoquant", "quantizer.candidates=[]"), "autoquant_is_complete"),
+        (("compiler=cudagraph", "cache=static"), "cuda_graphs_need_cuda"),
+        (("compiler=cudagraph", "cache=dynamic"), "static_shapes_need_static_cache"),
+        (("compiler=eager", "compiler.linears=true"), "unused_knob"),
         (("quantizer=rsr", "engine.device=cuda"), "hardware_fits"),
         (("quantizer=bitnet", "model.dtype=float16"), "dtype_and_group_exist"),
         (("engine.device=cuda",), "gpu_is_there"),
@@ -194,6 +206,39 @@ def test_each_rule_prunes_with_its_reason(plan: MakePlan, overrides: tuple[str, 
     cell = only(plan(*overrides))
     assert (cell.verdict, cell.rule) == (PRUNED, rule)
     assert cell.reason
+
+
+@pytest.mark.parametrize(
+    ("option", "least"),
+    [("fp8_da", 8.9), ("int4_wo", 8.0), ("gemlite_a16w4", 8.0), ("gemlite_a16w8_fp8", 8.9), ("mxfp8_da", 10.0)],
+)
+def test_a_gpu_too_old_is_told_what_would_be_needed(plan: MakePlan, option: str, least: float) -> None:
+    config = only(plan(f"quantizer={option}", "engine.device=cuda", "sweep.prune=false")).config
+    assert config is not None
+    facts = inspect(config.model)
+
+    def said(capability: float | None) -> str | None:
+        machine = rules.Machine("cuda", {"torchao": "0", "gemlite": "0", "hqq": "0"}, True, capability)
+        return rules.hardware_fits(config, facts, machine)
+
+    assert said(least) is None
+    # Unknown is not refused: the run itself looks again at the GPU that it finds.
+    assert said(None) is None
+    assert f"sm_{round(10 * least)} or newer" in str(said(least - 0.1))
+
+
+def test_a_part_of_a_mix_belongs_to_its_identity(plan: MakePlan) -> None:
+    made = [
+        only(plan("quantizer=mix", f"quantizer.mix={{down_proj:{part},default:int8_pack}}"))
+        for part in ("int8_wo", "'int4_wo group_size=32'", "'int4_wo group_size=64'")
+    ]
+    assert len({cell.run_id for cell in made}) == 3
+
+
+@pytest.mark.parametrize("part", ["nope", "'int4_wo magic=3'", "autoquant"])
+def test_a_part_that_does_not_exist_is_a_wrong_request(plan: MakePlan, part: str) -> None:
+    with pytest.raises(InputError, match="quantizer"):
+        plan("quantizer=mix", f"quantizer.mix={{default:{part}}}")
 
 
 def test_a_missing_package_is_named(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
