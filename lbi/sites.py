@@ -9,7 +9,7 @@ environment has a stand-in name, and results are found by where the sweep's work
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lbi
@@ -74,7 +74,8 @@ class Cluster:
             env_ids = [digest("env", {**found, **own}) for found in seen]
             stand_in = digest("env", {"site": key, "packages": environment.packages(), "lbi": lbi.__version__})
             self._known[key] = Site(
-                rules.Machine.here(config.engine.device),
+                # The login node's own GPU, if it has one, says nothing about the nodes'.
+                replace(rules.Machine.here(config.engine.device), capability=None),
                 tuple(dict.fromkeys(env_ids)) or (stand_in,),
                 frozenset(
                     (found["gpu"],) if "gpu" in found else (found["cpu"], found["cores"], found.get("slots", 1))

@@ -294,22 +294,25 @@ def score(
         with phases("quality"):
             is_reference = config.quantizer.family == "none" and not config.compiler.prefill
             forward = None if is_reference else engine.forward
-            found, origin = _quality(forward, folders["logits"], folders["quality"])
+            # What autoquant chose rests on times, and may be another choice in another cell of the same setting.
+            target = None if config.quantizer.family == "autoquant" else folders["quality"]
+            found, origin = _quality(forward, folders["logits"], target)
         record.metrics |= found
         record.effective["quality_from"] = origin
 
 
 def _quality(
-    forward: Callable[[list[int]], Any] | None, reference: Path, target: Path
+    forward: Callable[[list[int]], Any] | None, reference: Path, target: Path | None
 ) -> tuple[dict[str, float | None], str]:
     """Quality metrics, and where they are from: this run, or a pass that would be the same.
 
     Cells that differ only in how they decode (cache, decode compiler, workload) have one
-    teacher-forced pass in common, so it is done once. `forward` is None where that pass is
-    the reference's own: its stored logits are then compared with themselves.
+    teacher-forced pass in common, so it is done once and kept in `target`; None is not to
+    share it. `forward` is None where that pass is the reference's own: its stored logits are
+    then compared with themselves.
     """
     try:
-        known = read_json(target / "quality.json", SCHEMA)
+        known = read_json(target / "quality.json", SCHEMA) if target else None
     except BadFile:
         known = None
     if known is not None:
@@ -317,7 +320,8 @@ def _quality(
     pieces = json.loads((reference / "pieces.json").read_text())
     stored = np.load(reference / "logits.npy", mmap_mode="r")
     found = quality.score(forward or quality.replay(stored), pieces, stored)
-    write_json(target / "quality.json", {"schema": SCHEMA, "metrics": found})
+    if target:
+        write_json(target / "quality.json", {"schema": SCHEMA, "metrics": found})
     return found, "this run" if forward else "the reference's own pass"
 
 
