@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from lbi.config import LbiConfig
 from lbi.cuda_graphs import GraphedForward
@@ -70,6 +70,7 @@ class HfEngine:
         self.model, self.config, self.slots = model, config, slots
         self.device = config.engine.device
         self.graphed: GraphedForward | None = None
+        self._own_cache: StaticCache | None = None
         # generate() fills what is unset in its config from the model's own: EOS must not come back that way.
         model.generation_config = GenerationConfig(pad_token_id=0)
 
@@ -100,13 +101,18 @@ class HfEngine:
         clock, keeper = TokenClock(self.device), LogitsKeeper()
         processors = LogitsProcessorList([keeper, clock] if inspect else [clock])
         settings = self._settings(new_tokens, inspect)
+        given = {} if self.graphed is None else {"past_key_values": self._same_cache()}
         torch.manual_seed(seed)
         with torch.no_grad():
             if self.device == "cuda":
                 torch.cuda.synchronize()
             clock.mark()
             output = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=settings, logits_processor=processors
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=settings,
+                logits_processor=processors,
+                **given,
             )
             clock.mark()
         start, *tokens, end = clock.seconds()
@@ -119,6 +125,13 @@ class HfEngine:
             torch.stack(keeper.kept),
             describe_cache(output.past_key_values),
         )
+
+    def _same_cache(self) -> StaticCache:
+        """One static cache for all calls: generate() makes a new one for each, and a graph knows one by its address."""
+        if self._own_cache is None:
+            self._own_cache = StaticCache(config=self.model.config, max_cache_len=self.slots)
+        self._own_cache.reset()
+        return self._own_cache
 
     def forward(self, tokens: list[int]) -> torch.Tensor:
         """See `Engine.forward`."""
@@ -137,7 +150,9 @@ class HfEngine:
                 "top_k": decoding.top_k or 0,
                 "top_p": decoding.top_p or 1.0,
             }
-        static = {"cache_implementation": "static", "max_cache_len": self.slots} if cache.kind == "static" else {}
+        static: dict[str, Any] = {}
+        if cache.kind == "static" and self.graphed is None:
+            static = {"cache_implementation": "static", "max_cache_len": self.slots}
         return GenerationConfig(
             max_new_tokens=new_tokens,
             pad_token_id=0,
