@@ -19,9 +19,19 @@ Assignment = dict[str, QuantizerConfig]
 """The option of each linear layer, by name; `PLAIN` for a layer that stays as it is."""
 
 
+def linear_shape(layer: Any) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer, of torch or of a library that quantizes; None for another module."""
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        inputs, outputs = (getattr(layer, name, None) for name in names)
+        if isinstance(inputs, int) and isinstance(outputs, int):
+            return inputs, outputs
+    return None
+
+
 def linear_names(model: torch.nn.Module) -> frozenset[str]:
-    """Names of all linear layers of a model that is not yet quantized."""
-    return frozenset(name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear))
+    """Names of all linear layers; of one that is made of others, those others."""
+    linear = [name for name, layer in model.named_modules() if linear_shape(layer)]
+    return frozenset(name for name in linear if not any(other.startswith(f"{name}.") for other in linear))
 
 
 def by_name(model: torch.nn.Module, config: QuantizerConfig) -> Assignment:

@@ -17,7 +17,7 @@ import torch
 from lbi.config import QuantizerConfig
 from lbi.errors import NotApplied
 from lbi.quantizers import FAMILIES, Observed, method
-from lbi.quantizers.assign import Assignment
+from lbi.quantizers.assign import Assignment, linear_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ def read_layers(model: torch.nn.Module, names: frozenset[str]) -> list[Layer]:
         seen = next((found for observe in observers if (found := observe(module)) is not None), None)
         if seen is None:
             raise NotApplied(f"{name} became a {type(module).__name__} with a weight the audit cannot read")
-        params = int(module.in_features) * int(module.out_features)
-        layers.append(Layer(name, int(module.in_features), params, storage_bytes(seen.tensors), seen))
+        inputs, outputs = linear_shape(module) or (0, 0)
+        layers.append(Layer(name, inputs, inputs * outputs, storage_bytes(seen.tensors), seen))
     return layers
 
 
@@ -62,7 +62,8 @@ def _problem(layer: Layer, config: QuantizerConfig) -> str | None:
     if config.family == "none":
         return f"were to be left as they are and are {seen.kind}" if seen.quantized else None
     if not seen.quantized:
-        return f"are still {seen.kind}"
+        # Which layers of a checkpoint are quantized was decided by whoever made it.
+        return None if config.family == "checkpoint" else f"are still {seen.kind}"
     if config.bits is not None:
         simulated = method(config).simulated
         # Packing 3 bits into 32-bit words takes 3.2; an unused level of a simulation takes less.
@@ -120,11 +121,26 @@ def plain_tensors(value: Any) -> Iterator[torch.Tensor]:
         yield value
 
 
+def beside(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a module keeps beside its parameters and buffers, by name: scales of hqq and of bitsandbytes."""
+    meta: Any = getattr(module, "meta", None)
+    state: Any = getattr(module, "state", None)
+    kept: dict[str, Any] = dict(meta) if isinstance(meta, dict) else {}
+    for parameter in module._parameters.values():
+        if hasattr(parameter, "quant_state"):
+            kept |= parameter.quant_state.as_dict() if parameter.quant_state else {}
+        kept |= {"SCB": parameter.SCB} if getattr(parameter, "SCB", None) is not None else {}
+    if type(state).__name__ == "MatmulLtState":
+        kept |= {"CB": state.CB, "SCB": state.SCB}
+    for name, value in kept.items():
+        yield from ((name, tensor) for tensor in plain_tensors(value))
+
+
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Storage of everything the model keeps: parameters, buffers, and hqq's scales, shared storage once."""
+    """Storage of everything the model keeps: parameters, buffers, and scales beside them, shared storage once."""
     found: list[torch.Tensor] = []
     for module in model.modules():
-        own = [*module._parameters.values(), *module._buffers.values(), getattr(module, "meta", None)]
-        for value in own:
+        for value in (*module._parameters.values(), *module._buffers.values()):
             found.extend(plain_tensors(value))
+        found.extend(tensor for _, tensor in beside(module))
     return storage_bytes(found)

@@ -24,6 +24,8 @@ def observe(layer: torch.nn.Module) -> Observed | None:
         weight is None
         or not isinstance(layer, torch.nn.Linear)
         or type(weight) not in (torch.Tensor, torch.nn.Parameter)
+        # int8 and fp8 weights lie in ordinary layers too, their scales beside them.
+        or weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     ):
         return None
     tensors = [weight] if layer.bias is None else [weight, layer.bias]
