@@ -104,7 +104,7 @@ class QuantizerConfig:
         "autoquant: rows of the input that kernels are timed at; 1 is a decode step at batch 1", default=None, low=1
     )
     target: str | None = knob("custom: `module:function` that quantizes", default=None)
-    options: dict[str, Any] = knob("custom: what the function is called with", default_factory=dict)
+    options: dict[str, Any] | None = knob("custom: what the function is called with, {rank: 4}", default=None)
     base: str | None = knob(
         "checkpoint: folder or hub id of the unquantized model, which quality is compared with; null: no quality",
         default=None,

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lbi.config import IDENTITY, ModelConfig, QuantizerConfig
+from lbi.config import IDENTITY, LbiConfig, ModelConfig, QuantizerConfig
 from lbi.model_files import ModelFacts
 from lbi.quantizers.options import content
 from lbi.typed import plain
@@ -52,6 +52,14 @@ def run_id(sections: Mapping[str, str]) -> str:
     """12 hex digits over the `canonical` text of each section in `IDENTITY`."""
     text = "\n".join(f"{name}:{sections[name]}" for name in sorted(IDENTITY))
     return _digest(f"lbi-run-{VERSION}\n{text}")
+
+
+def run_id_of(config: LbiConfig, facts: ModelFacts) -> str:
+    """The run_id of a whole config, as the plan works it out section by section."""
+    made = {name: canonical(plain(getattr(config, name))) for name in IDENTITY}
+    made["model"] = canonical_model(config.model, facts)
+    made["quantizer"] = canonical_quantizer(config.quantizer)
+    return run_id(made)
 
 
 def digest(kind: str, key: Mapping[str, Any]) -> str:

@@ -9,17 +9,18 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from lbi.config import EngineConfig, ModelConfig
 from lbi.errors import Unsupported
 from lbi.model_files import ModelFacts, inspect
 from lbi.places import cache_folder
+from lbi.quantizers.loaders import stored_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,30 +34,53 @@ class LoadedModel:
 
 def load(config: ModelConfig, engine: EngineConfig) -> LoadedModel:
     """Load what `config` names. Raises `Unsupported` where the weights cannot be had."""
-    facts = inspect(config)
+    facts = known_facts(config)
     if config.source == "random":
         return _random(config, engine)
     if config.source == "gguf":
-        return _from_folder(config, engine, str(_converted(config, facts)))
-    return _from_folder(config, engine, str(facts.location))
+        return _from_folder(config, engine, str(_converted(config, facts)), None)
+    return _from_folder(config, engine, str(facts.location), stored_format(facts.arch))
+
+
+def known_facts(config: ModelConfig) -> ModelFacts:
+    """The model's facts, with config.json of a hub id fetched. Raises `Unsupported` where it cannot be had."""
+    facts = inspect(config)
+    if config.source != "hf" or facts.fingerprint:
+        return facts
+    try:
+        arch, _ = PretrainedConfig.get_config_dict(str(facts.location), revision=config.revision or "main")
+    except (OSError, ValueError) as error:
+        raise Unsupported(f"{config.path} could not be loaded: {_first_line(error)}") from error
+    return replace(facts, arch=arch)
 
 
 def _dtype(config: ModelConfig) -> torch.dtype:
     return getattr(torch, config.dtype)  # type: ignore[no-any-return]
 
 
-def _from_folder(config: ModelConfig, engine: EngineConfig, location: str) -> LoadedModel:
+def _from_folder(config: ModelConfig, engine: EngineConfig, location: str, held: str | None) -> LoadedModel:
+    """The model of a folder or hub id, whose weights are in the quantized format `held`, or plain for None."""
+    # Quantized weights are packed for the device that they are loaded onto.
+    placed = {"device_map": engine.device} if held and engine.device == "cuda" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision or "main")
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             location,
             revision=config.revision or "main",
             dtype=_dtype(config),
             attn_implementation=engine.attention,
+            output_loading_info=True,
+            **placed,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, NotImplementedError) as error:
         raise Unsupported(f"{config.path} could not be loaded: {_first_line(error)}") from error
-    model = model.to(engine.device).eval()
+    lost = sorted(report["missing_keys"])
+    if held and lost:
+        # transformers would go on with random numbers in their place.
+        raise Unsupported(
+            f"{config.path}: the {held} loader found no weights for {len(lost)} tensors, such as {lost[0]}"
+        )
+    model = (model if placed else model.to(engine.device)).eval()
     return LoadedModel(
         model,
         lambda text: tokenizer(text)["input_ids"],

@@ -20,18 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from lbi import identity
-from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig, QuantizerConfig
+from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig, ModelConfig, QuantizerConfig
 from lbi.files import read_json, write_json
 from lbi.identity import digest
 from lbi.model_files import inspect
 from lbi.store import SCHEMA
 from lbi.typed import build, plain
 
+NO_BASE = "quantizer.base is not given: it names the unquantized model to compare with"
+"""Why a checkpoint has no quality."""
+
 
 def folders(store: Path, config: LbiConfig, env_id: str) -> dict[str, Path]:
     """Where a cell's reference logits, reference tokens and quality are kept, if they are there yet."""
+    base = base_model(config)
     common = {
-        "model": identity.canonical_model(config.model, inspect(config.model)),
+        "model": identity.canonical_model(base, inspect(base)) if base else None,
         "device": config.engine.device,
         "attention": config.engine.attention,
         "env": env_id,
@@ -40,6 +44,8 @@ def folders(store: Path, config: LbiConfig, env_id: str) -> dict[str, Path]:
     # What the teacher-forced pass of a cell depends on beside the reference: its weights, and
     # the compiler only where that has the prefill too.
     own = {"quantizer": identity.canonical_quantizer(config.quantizer)}
+    if config.quantizer.family == "checkpoint":
+        own["weights"] = identity.canonical_model(config.model, inspect(config.model))
     if config.compiler.prefill:
         own["compiler"] = identity.canonical(plain(config.compiler))
     keys = {
@@ -50,10 +56,19 @@ def folders(store: Path, config: LbiConfig, env_id: str) -> dict[str, Path]:
     return {kind: store / "references" / f"{kind}-{digest(kind, key)}" for kind, key in keys.items()}
 
 
+def base_model(config: LbiConfig) -> ModelConfig | None:
+    """The unquantized model of a cell: for a checkpoint what `quantizer.base` names, None if it names nothing."""
+    base = config.quantizer.base
+    if config.quantizer.family != "checkpoint":
+        return config.model
+    return replace(config.model, path=base, revision=None, arch=None) if base else None
+
+
 def unquantized(config: LbiConfig) -> LbiConfig:
     """The cell with nothing applied: plain weights, eager, dynamic cache, greedy."""
     return replace(
         config,
+        model=base_model(config) or config.model,
         quantizer=QuantizerConfig(name="none", family="none", method="none"),
         compiler=CompilerConfig(name="eager", backend="eager"),
         decoding=DecodingConfig(name="greedy", kind="greedy"),

@@ -17,7 +17,7 @@ from lbi import environment
 from lbi.config import LbiConfig, QuantizerConfig
 from lbi.kernels import rsr_index
 from lbi.model_files import ModelFacts
-from lbi.quantizers import method
+from lbi.quantizers import loaders, method, target
 from lbi.quantizers.options import parts
 
 
@@ -319,3 +319,29 @@ def fits_context(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str 
     if limit and config.quality.enabled and config.quality.window > limit:
         return f"quality.window={config.quality.window} does not fit the model's context of {limit}"
     return None
+
+
+@rule("the function's file, found and parsed without importing it")
+def custom_function_is_there(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    return target.why_not(config.quantizer.target) if config.quantizer.family == "custom" else None
+
+
+@rule("transformers 5.23.0, quantizers/quantizer_*.py: what each format's validate_environment asks for")
+def stored_weights_fit(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    place = loaders.Place(machine.device, machine.packages, machine.capability)
+    return loaders.why_not(config.quantizer, config.model, facts, place)
+
+
+@rule(
+    "torch 2.13.0, compressed-tensors 0.20.0: 'torch._dynamo.exc.Unsupported: Data pointer comparison', in the "
+    "wrapper it puts around each layer's forward; with graph breaks it runs"
+)
+def wrapped_layers_have_graph_breaks(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    compiles_whole = config.compiler.backend == "inductor" and config.compiler.fullgraph
+    if compiles_whole and loaders.stored_format(facts.arch) == "compressed-tensors":
+        return "torch cannot compile the layers of compressed-tensors as one graph: set compiler.fullgraph=false"
+    return None
+
+
+AT_LOADING = (hardware_fits, custom_function_is_there, stored_weights_fit, wrapped_layers_have_graph_breaks)
+"""Rules that a run asks again before it loads: the plan may not have known the GPU, or a hub id's config.json."""

@@ -65,8 +65,8 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     from lbi.engines.hf import HfEngine
     from lbi.models import fit_tokens, load, read_text
 
-    steps.refuse_hardware(config)
     with phases("load"):
+        steps.check_request(config, request)
         loaded = load(config.model, config.engine)
     tuning = Path(request["devices"]) / f"gemlite-{request['env_id']}.json"
     sample = loaded.encode(read_text("text:chat"))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lbi import environment, lossless, quality, roofline, rules
+from lbi import environment, identity, lossless, quality, roofline, rules
 from lbi.compilers import CompilerState, counters
 from lbi.config import CacheConfig, CompilerConfig, LbiConfig
 from lbi.energy import EnergyMeter
@@ -28,11 +28,11 @@ from lbi.errors import BadNumerics, Disturbed, NotApplied, RunFailure, Unsupport
 from lbi.files import BadFile, read_json, write_json
 from lbi.gpu_processes import ForeignWatch, named
 from lbi.metrics import Timing, model_bandwidth_utilization, prefill_flop, summarize
-from lbi.model_files import inspect
+from lbi.models import known_facts
 from lbi.process import CpuWatch, PeakMemory, Phases
-from lbi.quantizers import assign, audit, autoquant, gemlite
+from lbi.quantizers import assign, audit, autoquant, custom, gemlite
 from lbi.quantizers.int8_layers import quantize_embeddings
-from lbi.quantizers.options import parts
+from lbi.quantizers.options import option, part_names, parts
 from lbi.record import Record
 from lbi.store import SCHEMA
 
@@ -43,14 +43,23 @@ RECOMPILED = "recompiled"
 """Why a sample is void that compiled something."""
 
 
-def refuse_hardware(config: LbiConfig) -> None:
-    """Raises `Unsupported` for what this GPU cannot do: a login node that made the plan may not have known it."""
-    if config.sweep.prune:
-        machine, facts = rules.Machine.here(config.engine.device), inspect(config.model)
-        for part in (config.quantizer, *parts(config.quantizer)):
-            reason = rules.hardware_fits(replace(config, quantizer=part), facts, machine)
-            if reason is not None:
-                raise Unsupported(reason)
+def check_request(config: LbiConfig, request: dict[str, Any]) -> None:
+    """Refuse, before the weights are loaded, what the plan could not know. Raises `Unsupported`.
+
+    It may not have known the GPU, nor the config.json of a hub id, and imports no quantizer of the
+    user's; one that was edited since is not the setting that the result would be kept under.
+    """
+    quantizer = config.quantizer
+    facts, machine = known_facts(config.model), rules.Machine.here(config.engine.device)
+    for part in (quantizer, *parts(quantizer)):
+        reasons = [check(replace(config, quantizer=part), facts, machine) for check in rules.AT_LOADING]
+        for reason in filter(None, reasons if config.sweep.prune else []):
+            raise Unsupported(reason)
+    own = [part for part in (quantizer, *map(option, part_names(quantizer))) if part.family == "custom"]
+    for part in own:
+        custom.function(part)
+    if own and request["run_id"] != identity.run_id_of(config, facts):
+        raise Unsupported(f"{own[0].target} was edited after the plan was made; the same command runs it anew")
 
 
 def quantize(

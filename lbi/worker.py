@@ -138,6 +138,7 @@ class _Bench:
         references = reference.folders(self.store.root, task.config, task.env_id)
         request = {
             "config": plain(task.config),
+            "run_id": task.run_id,
             "env_id": task.env_id,
             "devices": str(self.store.root / "devices"),
             "device_name": _device_name(task.config, self.description),
@@ -177,6 +178,8 @@ class _Bench:
 
     def _reference_problem(self, task: Task, references: dict[str, Path], attempt: Attempt) -> str | None:
         """Have the unquantized model's outputs computed if they are missing; why not, if that failed."""
+        if reference.base_model(task.config) is None:
+            return reference.NO_BASE
         wanted = [references["greedy"]] + ([references["logits"]] if task.config.quality.enabled else [])
         missing = [str(folder) for folder in wanted if not folder.exists()]
         if not missing or self.stop.wanted:

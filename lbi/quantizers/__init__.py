@@ -18,8 +18,8 @@ from lbi.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-FAMILIES = ("none", "aten", "torchao", "hqq", "gemlite", "ternary", "mix", "autoquant")
-"""Family modules."""
+FAMILIES = ("custom", "checkpoint", "none", "aten", "torchao", "hqq", "gemlite", "ternary", "mix", "autoquant")
+"""Family modules. The first that can read a layer is believed, so those that layers name themselves come first."""
 
 COMMON = frozenset({"lm_head", "embeddings", "skip"})
 """Knobs that every family but `none` has: which layers are meant is decided here, not by the family."""

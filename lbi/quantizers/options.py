@@ -15,6 +15,7 @@ from typing import Any
 from lbi.config import QuantizerConfig
 from lbi.errors import InputError
 from lbi.places import conf_folder
+from lbi.quantizers import loaders, target
 from lbi.typed import build, plain
 
 PLAIN = QuantizerConfig(name="none", family="none", method="none")
@@ -65,9 +66,16 @@ def parts(config: QuantizerConfig) -> Iterator[QuantizerConfig]:
 
 
 def content(config: QuantizerConfig) -> dict[str, Any]:
-    """Everything that decides what `config` does: its knobs, and those of the options it names."""
+    """Everything that decides what `config` does: its knobs, those of the options it names, the files they name.
+
+    Raises `InputError` for a `base` that is not there.
+    """
     known: dict[str, Any] = plain(config)
-    named = {name: plain(option(name)) for name in part_names(config)}
+    if config.family == "custom":
+        known["source"] = target.content(config.target)
+    if config.base is not None:
+        known["base"] = loaders.base_facts(config.base).fingerprint or config.base
+    named = {name: content(option(name)) for name in part_names(config)}
     return known | ({"parts": named} if named else {})
 
 
@@ -75,6 +83,8 @@ def layer_config(name: str, config: QuantizerConfig) -> QuantizerConfig:
     """How the linear layer `name` is to be stored: `PLAIN` where the config leaves it alone."""
     if any(ends_with(name, ending) for ending in config.skip) or config.family == "none":
         return PLAIN
+    if config.family == "checkpoint":
+        return config
     named = next((value for ending, value in config.mix.items() if ends_with(name, ending)), None)
     if named is not None:
         return option(str(named))
