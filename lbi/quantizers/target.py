@@ -32,10 +32,10 @@ def source(target: str) -> Path | None:
         return None
     first, *rest = named[0].split(".")
     spec = _top_level(first)
-    for index in range(len(rest)):
-        # Asking importlib for "a.b" would import a.
-        inside = spec.submodule_search_locations if spec else None
-        spec = PathFinder.find_spec(".".join([first, *rest[: index + 1]]), inside) if inside else None
+    for part in rest:
+        # Asking for "a.b" by its whole name would import a.
+        inside = list((spec.submodule_search_locations if spec else None) or [])
+        spec = PathFinder.find_spec(part, inside) if inside else None
     return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
 
