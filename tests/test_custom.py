@@ -20,6 +20,8 @@ from lbi.plan import Plan
 from lbi.quantizers import assign, audit, custom
 from lbi.verdicts import PRUNED, RUN
 
+README = Path(__file__).parent.parent / "README.md"
+
 ROWS = '''
 import torch
 
@@ -223,7 +225,9 @@ def test_a_quantizer_edited_after_the_plan_is_not_measured_under_the_plans_name(
 
 
 def test_the_whole_way_from_a_file_in_the_current_folder(run_lbi: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(ROWS)
+    """With the README's own example."""
+    (example,) = (block for block in README.read_text().split("```python\n") if block.startswith("# mine.py"))
+    (tmp_path / "mine.py").write_text(example.split("```")[0])
     (tmp_path / "broken.py").write_text("import no_such_package\ndef quantize(linear, name): ...\n")
     ran = run_lbi(
         *["-m", "model=tiny_random", "tracker=none", "measure=quick", "quality.tokens=256", "sweep.name=own"],
