@@ -22,6 +22,7 @@ def row(cell: int, speed: float | None, noise: float = 0.0, kld: float | None = 
         "decoding": "greedy",
         "cache": "dynamic",
         "workload": "w",
+        "flags": [],
         **dict.fromkeys(metric_columns()),
     }
     if speed:
