@@ -22,12 +22,12 @@ def torchao_extensions() -> dict[str, Any]:
     return {"loaded": loaded, "failed": failed, "skipped": reason}
 
 
-def in_words(found: dict[str, Any], version: str) -> str:
+def in_words(found: dict[str, Any]) -> str:
     """One line about them."""
     total = len(found["loaded"]) + len(found["failed"])
     if found["skipped"]:
-        return f"{version}, compiled extensions: {found['skipped']}"
+        return f"compiled extensions: {found['skipped']}"
     if not total:
-        return f"{version}, without compiled extensions"
+        return "installed without compiled extensions"
     failed = f"; not loaded: {', '.join(found['failed'])}" if found["failed"] else ""
-    return f"{version}, {len(found['loaded'])} of {total} compiled extensions loaded{failed}"
+    return f"{len(found['loaded'])} of {total} compiled extensions loaded{failed}"

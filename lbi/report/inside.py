@@ -68,7 +68,9 @@ def _candidates(item: dict[str, Any]) -> list[str]:
         error = f", error {percent(errors[name], 1)}" if finite(errors.get(name)) else ""
         out = f", left out: {refused[name]}" if name in refused else ""
         made.append(f"{name} {seconds(timed[name] / 1e6)}{error}{out}")
-    return made + [f"{name} left out: {reason}" for name, reason in refused.items() if name not in timed]
+    made += [f"{name} left out: {reason}" for name, reason in refused.items() if name not in timed]
+    untimed = {name: error for name, error in errors.items() if name not in {*timed, *refused} and finite(error)}
+    return made + [f"{name} error {percent(error, 1)}" for name, error in untimed.items()]
 
 
 def _list(value: Any) -> list[Any]:
