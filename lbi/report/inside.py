@@ -46,10 +46,16 @@ def choices(effective: dict[str, Any]) -> list[str]:
     shapes = [item for item in _list(known.get("by_shape")) if isinstance(item, dict)]
     if not shapes:
         return []
-    bound = known.get("max_error")
-    limit = f", largest error allowed {percent(bound)}" if finite(bound) else ""
-    rows = f"times at {known['tokens']} rows{limit}" if finite(known.get("tokens")) else limit.removeprefix(", ")
-    return [*([rows] if rows else []), *(_shape(item) for item in shapes)]
+    return [*_conditions(known), *(_shape(item) for item in shapes)]
+
+
+def _conditions(known: dict[str, Any]) -> list[str]:
+    """What the times and the bound on the error mean, as far as it is known, in one text."""
+    tokens, bound = known.get("tokens"), known.get("max_error")
+    timed = f"timed at {tokens:g} {'row' if tokens == 1 else 'rows'}" if finite(tokens) else ""
+    limit = f"largest error allowed {percent(bound)}" if finite(bound) else ""
+    text = ", ".join(word for word in (timed, limit) if word)
+    return [text] if text else []
 
 
 def _shape(item: dict[str, Any]) -> str:
@@ -67,7 +73,7 @@ def _candidates(item: dict[str, Any]) -> list[str]:
     for name in sorted(timed, key=timed.__getitem__):
         error = f", error {percent(errors[name], 1)}" if finite(errors.get(name)) else ""
         out = f", left out: {refused[name]}" if name in refused else ""
-        made.append(f"{name} {seconds(timed[name] / 1e6)}{error}{out}")
+        made.append(f"{name} {timed[name]:.3g} µs{error}{out}")
     made += [f"{name} left out: {reason}" for name, reason in refused.items() if name not in timed]
     untimed = {name: error for name, error in errors.items() if name not in {*timed, *refused} and finite(error)}
     return made + [f"{name} error {percent(error, 1)}" for name, error in untimed.items()]

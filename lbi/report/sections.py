@@ -57,7 +57,8 @@ def disturbed(table: Table) -> Html:
 def unpacking(table: Table) -> Html:
     """Which speeds are those of weights unpacked anew at every token."""
     text = unfused([ranked.row for ranked in table.ranked if ranked.rank is not None])
-    return paragraph(text, class_="note") if text else Html()
+    label, _, rest = text.partition(": ")
+    return paragraph(element("strong", f"{label}: "), rest, class_="note") if text else Html()
 
 
 def interval_legend(table: Table) -> str:
