@@ -33,6 +33,10 @@ OTHER_METRICS = (
 """Numbers beside the metrics proper that say how those came about."""
 
 
+NO_FUSION = "weight-only without fusion"
+"""The flag of a cell whose decode step writes out whole weights before it multiplies by them."""
+
+
 def metric_columns() -> list[str]:
     """Every numeric column of a row, in order."""
     columns = []
@@ -49,7 +53,7 @@ def rows(store: Store, sweep: str) -> list[Row]:
     """One row per cell of the plan, in the plan's order.
 
     `status` is the result's status, or `pruned`, `duplicate`, `running`, `missing` (no result
-    yet). Numbers that a cell does not have are None.
+    yet). Numbers that a cell does not have are None; `flags` are what its number must not be read without.
     """
     found = environments(store, sweep)
     return [_row(store, cell, found) for cell in read_plan(store, sweep)]
@@ -71,6 +75,7 @@ def _row(store: Store, cell: dict[str, Any], found: Sequence[str]) -> Row:
         "finished": None,
         "folder": "",
         "missing": {},
+        "flags": [],
         **dict.fromkeys(metric_columns()),
     }
     if cell["verdict"] in (PRUNED, DUPLICATE):
@@ -96,14 +101,16 @@ def _row(store: Store, cell: dict[str, Any], found: Sequence[str]) -> Row:
         known = measured.get("metrics", {})
         row |= {name: known.get(name) for name in metric_columns()}
         row["missing"] = measured.get("missing", {})
+        row["flags"] = [NO_FUSION] if row["unpacked_bytes_per_token"] else []
     return row
 
 
 def write_tables(folder: Path, table: Sequence[Row]) -> None:
-    """results.csv and results.parquet in the sweep's folder."""
+    """results.csv and results.parquet in the sweep's folder; `flags` is one text in them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    table = [row | {"flags": "; ".join(row["flags"])} for row in table]
     columns = [name for name in (table[0] if table else {}) if name != "missing"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")

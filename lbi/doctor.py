@@ -1,7 +1,7 @@
 """`python -m lbi doctor`: what this machine can run, and what is missing for the rest.
 
 The rules are asked about every quantizer, compiler and cache on the default model, so
-that what doctor says is what the plan will do.
+that what doctor says is what the plan will do; about quantizers also for other hardware.
 """
 
 from __future__ import annotations
@@ -14,11 +14,24 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lbi import environment
+from lbi import environment, hardware
 from lbi.errors import InputError
 from lbi.places import cache_folder, conf_folder
+from lbi.plan import sole_cell
 
 NEEDED = ("torch", "transformers", "torchao", "hqq", "hydra-core", "wandb", "submitit", "gguf", "pyarrow", "rich")
+
+
+QUESTION = """
+import torch
+print(torch.__version__, torch.cuda.is_available(), torch.backends.cpu.get_cpu_capability(), sep="\\n", flush=True)
+try:
+    from lbi.extensions import in_words, torchao_extensions
+    print(in_words(torchao_extensions()))
+except Exception as error:
+    print("does not import:", *str(error).splitlines()[:1])
+"""
+"""Answered in four lines."""
 
 
 def examine() -> int:
@@ -37,6 +50,9 @@ def examine() -> int:
     print("\nOptions on this machine, with the default model:")
     for line in _options():
         print(f"  {line}")
+    print("\nQuantizers, here and on a machine with the hardware named and every optional package:")
+    for line in _quantizers():
+        print(f"  {line}".rstrip())
     print("\n" + ("Everything that the default sweep needs is here." if not problems else "Missing:"))
     for problem in problems:
         print(f"  {problem}")
@@ -59,15 +75,13 @@ def _torch(has_gpu: bool) -> Iterator[str]:
     """Ask torch itself, in a process of its own: importing it takes seconds and holds a GPU."""
     if importlib.util.find_spec("torch") is None:
         return
-    question = (
-        "import torch; print(torch.__version__, torch.cuda.is_available(), torch.backends.cpu.get_cpu_capability())"
-    )
-    asked = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, timeout=120, check=False)
+    asked = subprocess.run([sys.executable, "-c", QUESTION], capture_output=True, text=True, timeout=120, check=False)
     if asked.returncode:
         yield f"torch does not import: {asked.stderr.strip().splitlines()[-1]}"
         return
-    version, cuda, capability = asked.stdout.split()
+    version, cuda, capability, extensions = asked.stdout.strip().split("\n")[-4:]
     print(f"torch      {version}, CUDA {'usable' if cuda == 'True' else 'not usable'}, CPU kernels for {capability}")
+    print(f"torchao    {extensions}")
     if has_gpu and cuda != "True":
         yield f"a CUDA build of torch: there is a GPU, and torch {version} cannot use it"
 
@@ -91,20 +105,31 @@ def _tools() -> None:
     print(f"W&B        {key}; without a key results are kept offline")
 
 
-def _options() -> Iterator[str]:
-    """Every option of the groups that depend on the machine, with the plan's verdict on it."""
+def _composed(group: str, *extra: str) -> Iterator[tuple[str, Any]]:
+    """Every option of a group, with the default of all others, as one composed config."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    from lbi.plan import sole_cell
-
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        for group in ("quantizer", "compiler", "cache"):
-            for option in sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")):
-                extra = ["cache=static"] if group == "compiler" else []
-                config = compose("config", [f"{group}={option}", *extra, "hydra/sweeper=basic", "hydra/launcher=basic"])
-                sections: Any = OmegaConf.to_container(config, resolve=True)
-                reason = sole_cell(sections)
-                yield f"{f'{group}={option}':<38}{'can run' if reason is None else reason}"
+        for option in sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")):
+            config = compose("config", [f"{group}={option}", *extra, "hydra/sweeper=basic", "hydra/launcher=basic"])
+            yield option, OmegaConf.to_container(config, resolve=True)
+
+
+def _options() -> Iterator[str]:
+    """Every option of the groups that depend on the machine, with the plan's verdict on it."""
+    for group, extra in (("compiler", ["cache=static"]), ("cache", [])):
+        for option, sections in _composed(group, *extra):
+            _, _, reason = sole_cell(sections)
+            yield f"{f'{group}={option}':<38}{'can run' if reason is None else reason}"
+
+
+def _quantizers() -> Iterator[str]:
+    """Every quantizer, here and on the kinds of hardware there are."""
+    lines = []
+    for option, sections in _composed("quantizer"):
+        config, facts, reason = sole_cell(sections)
+        lines.append(hardware.Line(option, reason, hardware.runs_on(config, facts)))
+    return hardware.table(lines)

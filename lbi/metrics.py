@@ -34,6 +34,9 @@ METRICS: dict[str, Metric] = {
     "bits_per_weight": Metric("bit", "storage of all linear layers, scales and lm_head included, per weight", "lower"),
     "quantized_fraction": Metric("1", "share of the linear layers' weights that are quantized"),
     "bytes_per_token": Metric("B", "bytes a decode step must read: weights, scales, lm_head, keys, values", "lower"),
+    "unpacked_bytes_per_token": Metric(
+        "B", "unpacked weights that a decode step of weight-only layers writes before it multiplies by them", "lower"
+    ),
     "kv_bytes": Metric("B", "storage of the key-value cache at the end of the workload", "lower"),
     "mbu_measured": Metric("1", "bytes_per_token times decode_tok_s over the measured read bandwidth", "higher"),
     "mbu_nominal": Metric("1", "the same over the data sheet's bandwidth", "higher"),

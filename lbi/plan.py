@@ -235,13 +235,13 @@ def _split(override: str) -> tuple[str, str]:
     return key, value
 
 
-def sole_cell(sections: Mapping[str, Any]) -> str | None:
-    """Why a single composed config cannot run on this machine; None if it can."""
+def sole_cell(sections: Mapping[str, Any]) -> tuple[LbiConfig, ModelFacts, str | None]:
+    """A single composed config, what is known of its model, and why it cannot run on this machine (None if it can)."""
     known = _Sections(Here())
     config = known.config(sections)
     try:
         facts = inspect(config.model)
     except InputError as error:
-        return str(error)
+        return config, ModelFacts(None, config.model.arch, None), str(error)
     refused = rules.refuse(config, facts, known.sites.site(config).machine)
-    return refused[1] if refused else None
+    return config, facts, refused[1] if refused else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lbi.collect import Row
+from lbi.collect import NO_FUSION, Row
 
 SPEED = "decode_tok_s"
 
@@ -187,6 +187,26 @@ def disturbance(rows: Sequence[Row]) -> str:
         f"Others took up to {worst:.0%} of the CPU, with none to spare, while these were timed: {cells}. "
         "Their speeds are too low and not to be compared."
     )
+
+
+def unfused(rows: Sequence[Row]) -> str:
+    """Which cells write out whole weights at every token, and how much, in words; empty if none."""
+    flagged = [row for row in rows if row["unpacked_bytes_per_token"]]
+    if not flagged:
+        return ""
+    listed = sorted(flagged, key=lambda row: -row["unpacked_bytes_per_token"])
+    parts = [f"the decode step of {row['name']} writes {_beside(row)}" for row in listed[:4]]
+    rest = f"; and so do {len(listed) - 4} other cells" if len(listed) > 4 else ""
+    return (
+        f"{NO_FUSION.capitalize()}: {'; '.join(parts)}{rest}. A kernel that unpacks while it multiplies "
+        "would not write them: such a speed is that of the missing kernel, not of the number of bits."
+    )
+
+
+def _beside(row: Row) -> str:
+    read = row["bytes_per_token"]
+    beside = "" if read is None else f" beside the {read / 1e6:.1f} MB it would have to read"
+    return f"{row['unpacked_bytes_per_token'] / 1e6:.1f} MB of unpacked weights per token{beside}"
 
 
 def _fastest(question: str, candidates: Sequence[Row], base: Row | None) -> Answer:

@@ -65,11 +65,13 @@ def rule(evidence: str) -> Callable[[Check], Check]:
     return register
 
 
-def refuse(config: LbiConfig, facts: ModelFacts, machine: Machine) -> tuple[Rule, str] | None:
-    """The first rule against a cell with its reason, or None."""
+def refuse(
+    config: LbiConfig, facts: ModelFacts, machine: Machine, without: frozenset[str] = frozenset()
+) -> tuple[Rule, str] | None:
+    """The first rule against a cell with its reason, or None; the rules named in `without` are not asked."""
     for part in (config, *(replace(config, quantizer=part) for part in parts(config.quantizer))):
         for candidate in RULES:
-            reason = candidate.check(part, facts, machine)
+            reason = None if candidate.name in without else candidate.check(part, facts, machine)
             if reason is not None:
                 return candidate, reason
     return None

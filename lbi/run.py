@@ -1,4 +1,4 @@
-"""One run: load, quantize, audit, compile, warm up, measure, score, trace, record.
+"""One run: load, quantize, audit, compile, warm up, measure, score, look inside, trace.
 
     python -m lbi.run ATTEMPT_FOLDER
 
@@ -63,6 +63,7 @@ def _classify(error: Exception) -> tuple[str, str]:
 def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Phases) -> None:
     from lbi import steps
     from lbi.engines.hf import HfEngine
+    from lbi.look_inside import look_inside
     from lbi.models import fit_tokens, load, read_text
 
     with phases("load"):
@@ -86,6 +87,7 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     record.text = {"prompt_tokens": len(prompt), "tokens": tokens, "text": loaded.decode(tokens)}
     steps.place_on_roofline(config, request, loaded.model, layers, len(prompt), record, phases)
     steps.score(config, request, engine, tokens, record, phases)
+    look_inside(config, engine, loaded.model, prompt, layers, record, phases)
     steps.trace(config, engine, prompt, record, phases)
 
 

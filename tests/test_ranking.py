@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lbi.collect import Row, metric_columns
-from lbi.ranking import answers, disturbance, is_tie, pareto, tables
+from lbi.ranking import answers, disturbance, is_tie, pareto, tables, unfused
 
 
 def row(cell: int, speed: float | None, noise: float = 0.0, kld: float | None = 0.0, **more: Any) -> Row:
@@ -22,6 +22,7 @@ def row(cell: int, speed: float | None, noise: float = 0.0, kld: float | None = 
         "decoding": "greedy",
         "cache": "dynamic",
         "workload": "w",
+        "flags": [],
         **dict.fromkeys(metric_columns()),
     }
     if speed:
@@ -132,3 +133,12 @@ def test_timings_that_others_spoilt_are_named() -> None:
     assert "beside" in text
     assert all(name not in text for name in ("alone", "roomy", "unknown"))
     assert disturbance([alone, roomy, unknown]) == ""
+
+
+def test_only_the_worst_of_many_unfused_cells_are_named() -> None:
+    assert unfused([row(0, 10), row(1, 20, unpacked_bytes_per_token=0.0)]) == ""
+    cells = [row(index, 10, unpacked_bytes_per_token=index * 1e6) for index in range(1, 8)]
+    text = unfused(cells)
+    assert text.startswith("Weight-only without fusion: the decode step of cell 7 writes 7.0 MB of unpacked weights")
+    assert "beside" not in text
+    assert "; and so do 3 other cells." in text

@@ -210,6 +210,82 @@ def test_details_of_a_row(sweep: Callable[..., Sweep]) -> None:
     assert shown["numbers it does not have"] == "energy_j_per_token: no meter"
 
 
+CHOICES = {
+    "candidates": ["int8_pack", "int4_wo group_size=64", "fp8_da"],
+    "by_shape": [
+        {
+            "shape": [576, 1536],
+            "layers": 32,
+            "chosen": {"int4_wo group_size=64": 30, "int8_pack": 2},
+            "timed_us": {"none": 12.1, "int8_pack": 5.2, "int4_wo group_size=64": 3.0},
+            "error": {"int8_pack": 0.004, "int4_wo group_size=64": 0.08},
+            "refused": {"fp8_da": "needs sm_89"},
+        }
+    ],
+    "tokens": 1,
+    "max_error": 0.1,
+}
+
+
+def test_what_autoquant_chose_among(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    made.measured("autoquant", 100.0, effective={"choices": CHOICES})
+    made.measured("none", 90.0)
+    page = made.page()
+    assert page.details(0)["autoquant's choices"].splitlines() == [
+        "timed at 1 row, largest error allowed 10%",
+        "32 × 576 → 1536: int4_wo group_size=64 for 30, int8_pack for 2 (int4_wo group_size=64 3 µs, error 8.0%; "
+        "int8_pack 5.2 µs, error 0.4%; none 12.1 µs; fp8_da left out: needs sm_89)",
+    ]
+    assert page.details(1)["autoquant's choices"] == ""
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"by_shape": [{}]}, "? × unknown shape: nothing chosen (no times)"),
+        ({"by_shape": [{"shape": [8, 9], "error": {"hqq4": 0.5}}]}, "? × 8 → 9: nothing chosen (hqq4 error 50.0%)"),
+        (
+            {"by_shape": [7, {"layers": 2, "chosen": {"none": 2}}], "tokens": "?"},
+            "2 × unknown shape: none for 2 (no times)",
+        ),
+        ({"by_shape": 3, "max_error": 0.1}, ""),
+        ([], ""),
+    ],
+)
+def test_choices_with_parts_missing(sweep: Callable[..., Sweep], choices: Any, words: str) -> None:
+    made = sweep()
+    made.measured("autoquant", 100.0, effective={"choices": choices})
+    assert made.page().details(0)["autoquant's choices"] == words
+
+
+def unfused(made: Sweep, name: str, speed: float, **effective: Any) -> int:
+    """A cell whose decode step writes 212 MB beside the 163 MB that it reads."""
+    numbers = {"decode_tok_s": speed, "bytes_per_token": 163e6, "unpacked_bytes_per_token": 212.3e6}
+    return made.measured(name, speed, metrics={"metrics": numbers, "missing": {}}, effective=effective)
+
+
+def test_weights_unpacked_at_every_token_are_flagged(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    made.measured("none", 100.0)
+    kernels = {"time": "of the GPU", "steps": 3, "ms_per_step": 1.5}
+    kernels |= {"top": [{"name": "elementwise_kernel", "calls": 210.0, "share": 0.8}, "rubbish"]}
+    seen = {"per_token_bytes": 212300000, "layers": 210, "evidence": "210 of 210 weights"}
+    unfused(made, "fp8_wo", 4.7, kernels=kernels, dequantized=seen)
+    page = made.page()
+    assert "weight-only without fusion" in page.rows["c1"]
+    assert "weight-only without fusion" not in page.rows["c0"]
+    line = "the decode step of fp8_wo writes 212.3 MB of unpacked weights per token beside the 163.0 MB it would have"
+    assert page.text.index(line) > page.text.index("Filter rows")
+    details = page.details(1)
+    assert (
+        details["kernels of a decode step"]
+        == "1.5 ms a decode step (time of the GPU)\n80% elementwise_kernel, 210 calls"
+    )
+    assert details["unpacked weights written"] == "212.3 MB a token: 210 of 210 weights"
+    assert page.details(0)["kernels of a decode step"] == ""
+
+
 def test_nothing_from_a_result_becomes_markup(sweep: Callable[..., Sweep]) -> None:
     made = sweep(command=HOSTILE, notes={"tiny": HOSTILE}, problems=[HOSTILE])
     made.measured(HOSTILE, 100.0, text={"text": HOSTILE + "\ud800 \u2028"}, env={**ENVIRONMENT, "cpu": HOSTILE})

@@ -1,4 +1,4 @@
-"""What the terminal shows while several slots run."""
+"""What the terminal shows: while several slots run, and at the end."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lbi.collect import NO_FUSION, metric_columns
+from lbi.ranking import tables
 from lbi.report import terminal
 from lbi.store import Store
 
@@ -66,3 +68,21 @@ def test_events_of_several_threads_do_not_mix(live: Any, monkeypatch: pytest.Mon
     ended = [line for line in live.out.file.getvalue().splitlines() if "crash" in line]
     assert [line.split()[0] for line in ended] == [f"[{number}/40]" for number in range(1, 41)]
     assert sorted(line.split()[1] for line in ended) == sorted(f"name{cell}:" for cell in range(40))
+
+
+def test_a_row_that_unpacks_whole_weights_is_tagged_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {"decode_tok_s": 4.7, "bytes_per_token": 163e6, "unpacked_bytes_per_token": 212.3e6}
+    shared = {**dict.fromkeys(metric_columns()), "status": "ok", "model": "m", "workload": "w"}
+    shared |= dict.fromkeys(("engine", "quantizer", "compiler", "decoding", "cache"), "")
+    rows = [shared | {"cell": 0, "name": "none", "run_id": "a", "flags": [], "decode_tok_s": 9.0}]
+    rows.append(shared | {"cell": 1, "name": "fp8_wo", "run_id": "b", "flags": [NO_FUSION]} | numbers)
+    out = Console(file=io.StringIO(), width=250, highlight=False)
+    (table,) = tables(rows, "none", 0.05)
+    terminal._show_table(out, table, {"notes": {}})
+    text = out.file.getvalue()
+    assert "fp8_wo (weight-only without fusion)" in text
+    assert "none (baseline)" in text
+    assert (
+        "Weight-only without fusion: the decode step of fp8_wo writes 212.3 MB of unpacked weights per token beside "
+        "the 163.0 MB it would have to read." in text
+    )

@@ -15,6 +15,7 @@ from typing import Any
 
 from lbi.collect import Row
 from lbi.metrics import METRICS, WITH_ERROR, WITH_INTERVAL
+from lbi.report import inside
 from lbi.report.cell_table import COLUMNS
 from lbi.report.facts import Facts, part
 from lbi.report.figures import finite, listed, seconds, size, with_spread
@@ -26,6 +27,9 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("env_id", ""),
     ("attempt", ""),
     ("linear layers as run", "\n"),
+    ("autoquant's choices", "\n"),
+    ("kernels of a decode step", "\n"),
+    ("unpacked weights written", ""),
     ("key-value cache", ", "),
     ("compiler counters", ", "),
     ("same tokens as the plain path", ", "),
@@ -74,6 +78,9 @@ def _texts(row: Row, facts: Facts, root: Path, extent: Extent) -> list[list[str]
         [row["env_id"]],
         [_attempt(row, root)] if row["folder"] else [],
         [_layers(kind) for kind in part(effective, "weights").get("kinds") or [] if isinstance(kind, dict)],
+        inside.choices(effective),
+        inside.kernels(effective) if extent.numbers else [],
+        inside.unpacked(effective),
         listed(part(effective, "cache")),
         listed(part(effective, "compiler")),
         listed(part(effective, "lossless")),

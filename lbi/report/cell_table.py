@@ -105,7 +105,8 @@ def _line(ranked: Ranked, facts: Mapping[int, Facts]) -> Html:
 
 
 def _tags(ranked: Ranked) -> list[str]:
-    return [tag for tag, holds in (("baseline", ranked.is_baseline), ("front", ranked.on_front)) if holds]
+    places = [tag for tag, holds in (("baseline", ranked.is_baseline), ("front", ranked.on_front)) if holds]
+    return [*places, *ranked.row["flags"]]
 
 
 def _why(row: Row, facts: Mapping[int, Facts]) -> list[str]:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Grid
 
 from lbi.collect import Row
-from lbi.ranking import SPEED, Ranked, Table, disturbance, tables
+from lbi.ranking import SPEED, Ranked, Table, disturbance, tables, unfused
 from lbi.report.figures import small, with_noise
 from lbi.store import Store
 from lbi.sweep_folder import read_header
@@ -193,9 +193,10 @@ def _show_table(out: Console, table: Table, header: dict[str, Any]) -> None:
         first = numbered[0].row
         if first["repetitions"]:
             out.print(_legend(first), style="dim")
-        spoilt = disturbance([ranked.row for ranked in numbered])
-        if spoilt:
-            out.print(f"[yellow]{escape(spoilt)}[/]")
+        rows = [ranked.row for ranked in numbered]
+        for warning in (disturbance(rows), unfused(rows)):
+            if warning:
+                out.print(f"[yellow]{escape(warning)}[/]")
     others = [ranked.row for ranked in table.ranked if ranked.rank is None]
     if others:
         out.print("\nWithout a number:")
@@ -233,7 +234,7 @@ def _grid(numbered: Sequence[Ranked]) -> Grid:
         row = ranked.row
         grid.add_row(
             f"{ranked.rank}{'=' if ranked.shared else ''}",
-            escape(row["name"]) + (" [cyan](baseline)[/]" if ranked.is_baseline else ""),
+            escape(row["name"]) + _tags(ranked),
             with_noise(row, SPEED),
             _ratio(ranked),
             with_noise(row, "prefill_tok_s"),
@@ -246,6 +247,11 @@ def _grid(numbered: Sequence[Ranked]) -> Grid:
             small(row["ppl_ratio"]),
         )
     return grid
+
+
+def _tags(ranked: Ranked) -> str:
+    flags = "".join(f" [yellow]({flag})[/]" for flag in ranked.row["flags"])
+    return (" [cyan](baseline)[/]" if ranked.is_baseline else "") + flags
 
 
 def _legend(row: Row) -> str:

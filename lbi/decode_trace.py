@@ -1,0 +1,171 @@
+"""A short profiled generation, taken apart into its decode steps: what ran in each, what each allocated.
+
+Taken after the measurement, in a pass of its own. The profiler's chrome trace is read instead
+of its tables: it alone has the launch grid of a kernel, and the tables take ten times as long.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lbi.engines import Engine
+
+NEW_TOKENS = 4
+"""One prefill and three decode steps: enough to tell what each step does from what happens once."""
+
+MARK = "lbi: decode step"
+
+LAUNCHES = frozenset({"cuda_runtime", "cuda_driver"})
+DEVICE_WORK = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
+
+Event = Mapping[str, Any]
+
+StepOf = Callable[[Event], int | None]
+"""Number of the step that an event falls into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Something that ran: `seconds` on the device, or of an operator's own on a CPU (callees excluded).
+
+    `threads` is how many of a GPU it was launched with; 0 for what has no grid.
+    """
+
+    name: str
+    seconds: float
+    threads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """Memory that operator `by` took, in bytes as the allocator rounds them; "" if it was no operator's."""
+
+    bytes: int
+    by: str
+
+
+@dataclass(slots=True)
+class Step:
+    """One forward pass for one token."""
+
+    ops: list[Kernel] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
+    allocations: list[Allocation] = field(default_factory=list)
+
+
+def take(engine: Engine, model: Any, prompt: list[int], device: str) -> list[Step]:
+    """The decode steps of a generation of `NEW_TOKENS` tokens by `engine`, which runs `model`."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with _marked(model), profile(activities=activities, profile_memory=True, acc_events=False) as profiler:
+        engine.generate(prompt, NEW_TOKENS, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        # Names of compiled code may hold bytes that are no UTF-8.
+        return read_steps(json.loads(file.read_text(errors="replace"))["traceEvents"])
+
+
+@contextmanager
+def _marked(model: Any) -> Iterator[None]:
+    """Every forward pass but the first, which is the prefill, is marked in the trace as a decode step."""
+    from torch.profiler import record_function
+
+    plain, calls = model.forward, 0
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            return plain(*args, **kwargs)
+        with record_function(MARK):
+            return plain(*args, **kwargs)
+
+    # Where the engine has put a compiled forward, it must be there again afterwards.
+    own = model.__dict__.get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+def read_steps(events: Iterable[Event]) -> list[Step]:
+    """The decode steps in a chrome trace's events, in order; empty where none is marked."""
+    known = list(events)
+    spans = sorted(
+        (event["ts"], event["ts"] + event["dur"], event["tid"])
+        for event in known
+        if event.get("cat") == "user_annotation" and event["name"] == MARK
+    )
+    starts = [start for start, _, _ in spans]
+    steps = [Step() for _ in spans]
+
+    def number(event: Event) -> int | None:
+        """Which step it falls into. GPU work is asynchronous, so only the host's events are asked for this."""
+        index = bisect_right(starts, event["ts"]) - 1
+        return index if index >= 0 and event["ts"] <= spans[index][1] else None
+
+    _read_host(steps, [event for event in known if spans and event.get("tid") == spans[0][2]], number)
+    _read_device(steps, known, number)
+    return steps
+
+
+def _read_host(steps: list[Step], events: list[Event], number: StepOf) -> None:
+    """Operators with the time that is their own, and allocations with the operator that made them."""
+    found = [event for event in events if event.get("cat") == "cpu_op" or event["name"] == "[memory]"]
+    # An operator stands before what it contains; what begins at the same moment and ends later contains.
+    found.sort(key=lambda event: (event["ts"], -event.get("dur", 0.0)))
+    open_ops: list[tuple[float, int]] = []
+    ops: list[tuple[int, str]] = []
+    own: list[float] = []
+    for event in found:
+        step = number(event)
+        while open_ops and open_ops[-1][0] <= event["ts"]:
+            open_ops.pop()
+        if step is None:
+            continue
+        if event["name"] == "[memory]":
+            if event["args"]["Bytes"] > 0:
+                callers = (ops[index][1] for _, index in reversed(open_ops))
+                # What asked aten::empty for memory says more than aten::empty.
+                by = next((name for name in callers if not name.startswith("aten::empty")), "")
+                steps[step].allocations.append(Allocation(event["args"]["Bytes"], by))
+            continue
+        if open_ops:
+            own[open_ops[-1][1]] -= event["dur"]
+        open_ops.append((event["ts"] + event["dur"], len(ops)))
+        ops.append((step, event["name"]))
+        own.append(event["dur"])
+    for (step, name), microseconds in zip(ops, own, strict=True):
+        steps[step].ops.append(Kernel(name, max(0.0, microseconds) / 1e6))
+
+
+def _read_device(steps: list[Step], events: list[Event], number: StepOf) -> None:
+    """Kernels, each in the step that launched it; those of a CUDA graph share the launch of the graph."""
+    launched = {
+        event["args"]["correlation"]: number(event)
+        for event in events
+        if event.get("cat") in LAUNCHES and "correlation" in event.get("args", {})
+    }
+    for event in events:
+        if event.get("cat") not in DEVICE_WORK:
+            continue
+        about = event.get("args", {})
+        step = launched.get(about.get("correlation"))
+        if step is not None:
+            threads = prod(about["grid"]) * prod(about["block"]) if "grid" in about and "block" in about else 0
+            steps[step].kernels.append(Kernel(event["name"], event.get("dur", 0.0) / 1e6, threads))

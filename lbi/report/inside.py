@@ -1,0 +1,83 @@
+"""What a cell's details say of its inside: the kernels of its decode step, and what autoquant chose among.
+
+Read from `effective.json`, which other versions of lbi may have written: what is not
+there is left out, and what is no such thing is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lbi.report.facts import part
+from lbi.report.figures import finite, percent, seconds, size
+
+MOST_KERNELS = 6
+
+
+def kernels(effective: dict[str, Any]) -> list[str]:
+    """One text a kernel, the longest first, after one with the sum."""
+    seen = part(effective, "kernels")
+    missing, total = seen.get("missing"), seen.get("ms_per_step")
+    if missing:
+        return [str(missing)]
+    if not finite(total):
+        return []
+    top = [item for item in seen.get("top") or [] if isinstance(item, dict) and finite(item.get("share"))]
+    head = f"{seconds(total / 1e3)} a decode step (time {seen.get('time', '')})"
+    return [head, *(f"{percent(item['share'])} {item.get('name')}, {_calls(item)}" for item in top[:MOST_KERNELS])]
+
+
+def _calls(item: Mapping[str, Any]) -> str:
+    calls = item.get("calls")
+    return f"{calls:.4g} calls" if finite(calls) else "? calls"
+
+
+def unpacked(effective: dict[str, Any]) -> list[str]:
+    """What a decode step writes of unpacked weights, and how that is known."""
+    found = part(effective, "dequantized")
+    total = found.get("per_token_bytes")
+    return [f"{size(total)} a token: {found.get('evidence')}"] if finite(total) else []
+
+
+def choices(effective: dict[str, Any]) -> list[str]:
+    """One text a shape: what was chosen for how many layers, each candidate's time, error, or why it was left out."""
+    known = part(effective, "choices")
+    shapes = [item for item in _list(known.get("by_shape")) if isinstance(item, dict)]
+    if not shapes:
+        return []
+    return [*_conditions(known), *(_shape(item) for item in shapes)]
+
+
+def _conditions(known: dict[str, Any]) -> list[str]:
+    """What the times and the bound on the error mean, as far as it is known, in one text."""
+    tokens, bound = known.get("tokens"), known.get("max_error")
+    timed = f"timed at {tokens:g} {'row' if tokens == 1 else 'rows'}" if finite(tokens) else ""
+    limit = f"largest error allowed {percent(bound)}" if finite(bound) else ""
+    text = ", ".join(word for word in (timed, limit) if word)
+    return [text] if text else []
+
+
+def _shape(item: dict[str, Any]) -> str:
+    sizes = [str(value) for value in _list(item.get("shape"))]
+    what = f"{item.get('layers', '?')} × {' → '.join(sizes) or 'unknown shape'}"
+    chosen = ", ".join(f"{name} for {count}" for name, count in part(item, "chosen").items())
+    return f"{what}: {chosen or 'nothing chosen'} ({'; '.join(_candidates(item)) or 'no times'})"
+
+
+def _candidates(item: dict[str, Any]) -> list[str]:
+    """Every candidate with a time, the fastest first, and then those that were left out."""
+    errors, refused = part(item, "error"), part(item, "refused")
+    timed = {name: value for name, value in part(item, "timed_us").items() if finite(value)}
+    made = []
+    for name in sorted(timed, key=timed.__getitem__):
+        error = f", error {percent(errors[name], 1)}" if finite(errors.get(name)) else ""
+        out = f", left out: {refused[name]}" if name in refused else ""
+        made.append(f"{name} {timed[name]:.3g} µs{error}{out}")
+    made += [f"{name} left out: {reason}" for name, reason in refused.items() if name not in timed]
+    untimed = {name: error for name, error in errors.items() if name not in {*timed, *refused} and finite(error)}
+    return made + [f"{name} error {percent(error, 1)}" for name, error in untimed.items()]
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []
