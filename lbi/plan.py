@@ -11,6 +11,7 @@ depends on one section alone is worked out once per section, not once per cell.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -203,8 +204,13 @@ def _name(cells: list[Cell]) -> None:
     for cell in cells:
         values = dict(_split(override) for override in cell.overrides)
         parts = [cell.choices[group] for group in groups]
-        parts += [f"{key.split('.')[-1]}={values[key]}" for key in knobs if key in values]
+        parts += [f"{key.split('.')[-1]}={_unescaped(values[key])}" for key in knobs if key in values]
         cell.name = " ".join(parts)
+
+
+def _unescaped(value: str) -> str:
+    """A value as it was typed: Hydra escapes the colon and the like of one that is not quoted."""
+    return value if value.startswith(("'", '"')) else re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value)
 
 
 def _choose_for_failed(cells: list[Cell]) -> None:
