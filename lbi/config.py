@@ -88,9 +88,9 @@ class QuantizerConfig:
         "the table of input embeddings: as it is, or int8 with a scale a row", default="keep"
     )
     skip: tuple[str, ...] = knob("linear layers left unquantized on purpose: endings of their names", default=())
-    mix: dict[str, Any] = knob(
+    mix: dict[str, Any] | None = knob(
         "mix: option by ending of the layer's name, `default` for the rest: {down_proj: int8_wo, default: int4_wo}",
-        default_factory=dict,
+        default=None,
     )
     candidates: tuple[str, ...] = knob(
         "autoquant: options to choose from, each with knobs if wanted: [int8_wo, 'int4_wo group_size=64']", default=()

@@ -145,6 +145,13 @@ def package_is_installed(config: LbiConfig, facts: ModelFacts, machine: Machine)
     return None
 
 
+@rule("layers that no option is named for stay as they are, and with no name at all nothing would be quantized")
+def mix_is_given(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.quantizer.family == "mix" and not config.quantizer.mix:
+        return "mix needs quantizer.mix, such as {down_proj:int8_pack,default:hqq4}"
+    return None
+
+
 @rule("without candidates there is no choice, without a bound the smallest weights would win")
 def autoquant_is_complete(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     if config.quantizer.family != "autoquant":

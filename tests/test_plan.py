@@ -187,6 +187,7 @@ def test_rules_can_be_switched_off_to_test_them(plan: MakePlan) -> None:
         (("quantizer=gemlite_a16w4",), "hardware_fits"),
         (("quantizer=mix", "quantizer.mix={default:gemlite_a16w4}"), "hardware_fits"),
         (("quantizer=autoquant", "quantizer.candidates=[]"), "autoquant_is_complete"),
+        (("quantizer=mix",), "mix_is_given"),
         (("compiler=cudagraph", "cache=static"), "cuda_graphs_need_cuda"),
         (("compiler=cudagraph", "cache=dynamic"), "static_shapes_need_static_cache"),
         (("compiler=eager", "compiler.linears=true"), "unused_knob"),
@@ -229,7 +230,7 @@ def test_a_gpu_too_old_is_told_what_would_be_needed(plan: MakePlan, option: str,
 
 def test_a_part_of_a_mix_belongs_to_its_identity(plan: MakePlan) -> None:
     made = [
-        only(plan("quantizer=mix", f"quantizer.mix={{down_proj:{part},default:int8_pack}}"))
+        only(plan("quantizer=mix", f"quantizer.mix={{q_proj:{part},default:int8_pack}}"))
         for part in ("int8_wo", "'int4_wo group_size=32'", "'int4_wo group_size=64'")
     ]
     assert len({cell.run_id for cell in made}) == 3

@@ -37,7 +37,7 @@ def linear_names(model: torch.nn.Module) -> frozenset[str]:
 def by_name(model: torch.nn.Module, config: QuantizerConfig) -> Assignment:
     """The option of each linear layer. Raises `NotApplied` for a name in the config that matches no layer."""
     names = linear_names(model)
-    for knob, endings in (("skip", config.skip), ("mix", config.mix)):
+    for knob, endings in (("skip", config.skip), ("mix", config.mix or {})):
         for ending in endings:
             if ending != "default" and not any(ends_with(name, ending) for name in names):
                 raise NotApplied(f"quantizer.{knob} names {ending}, and the model has no such linear layer")

@@ -52,7 +52,7 @@ def option(text: str) -> QuantizerConfig:
 
 def part_names(config: QuantizerConfig) -> list[str]:
     """The options that `config` names, in order, each once."""
-    named = [str(value) for value in config.mix.values()] + list(config.candidates)
+    named = [str(value) for value in (config.mix or {}).values()] + list(config.candidates)
     if config.lm_head == "int8":
         named.append(HEAD_OPTION)
     return list(dict.fromkeys(named))
@@ -85,13 +85,13 @@ def layer_config(name: str, config: QuantizerConfig) -> QuantizerConfig:
         return PLAIN
     if config.family == "checkpoint":
         return config
-    named = next((value for ending, value in config.mix.items() if ends_with(name, ending)), None)
+    named = next((value for ending, value in (config.mix or {}).items() if ends_with(name, ending)), None)
     if named is not None:
         return option(str(named))
     if ends_with(name, "lm_head") and config.lm_head != "same":
         return option(HEAD_OPTION) if config.lm_head == "int8" else PLAIN
     if config.family == "mix":
-        return option(str(config.mix.get("default", "none")))
+        return option(str((config.mix or {}).get("default", "none")))
     return config
 
 
