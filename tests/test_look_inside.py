@@ -45,7 +45,7 @@ def looked_into(plan: Callable[..., Plan], tmp_path: Path) -> Callable[..., Reco
         record = Record(tmp_path, phases)
         with torch.no_grad():
             model = load(config.model, config.engine).model
-            layers = steps.quantize(config, model, record, phases)
+            layers = steps.quantize(config, model, PROMPT, tmp_path / "tuning.json", record, phases)
             engine = HfEngine(model, config, slots=64)
             if config.compiler.backend != "eager":
                 engine.compile()
