@@ -75,11 +75,11 @@ class QuantizerConfig:
         default=None,
     )
     accumulate: Literal["float32", "native"] | None = knob(
-        "gemlite: type of the sums that its blocks add up in memory; native is the output's, faster and less exact",
+        "gemlite: type of the sums that blocks add up in memory; native is the output's, as always at 8 bits",
         default=None,
     )
-    tuning: Literal["default", "fast", "max"] | None = knob(
-        "gemlite: how many forms of each kernel are tried at its first call; default tries none", default=None
+    tuning: Literal["fast", "max"] | None = knob(
+        "gemlite: how many forms of each kernel are tried at its first call", default=None
     )
     lm_head: Literal["keep", "int8", "same"] = knob(
         "the output projection: as it is, int8 with a scale a row, or like the other layers", default="keep"

@@ -30,7 +30,7 @@ from lbi.process import die_with_parent
 
 MODULES = ("lbi.steps", "lbi.models", "lbi.reference", "transformers.models.llama.modeling_llama")
 OPTIONAL = ("torchao.quantization", "hqq.core.quantize")
-"""Imported too, but not where there is a GPU: torchao asks it for its capability, which no fork survives."""
+"""Imported too where they are installed."""
 
 
 OWN_VARIABLES = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -143,24 +143,46 @@ def serve() -> None:
 
 def _import_all() -> str | None:
     """Import everything a run needs; why forking would not be sound, or None."""
-    for name in MODULES:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            return f"{name} does not import: {error}"
     import torch
 
-    for name in () if torch.cuda.is_available() else OPTIONAL:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            continue
-    if torch.cuda.is_initialized():
-        return "an import has initialized CUDA"
+    capability = _capability_without_cuda() if torch.cuda.is_available() else None
+    asked = torch.cuda.get_device_capability
+    if capability is not None:
+        torch.cuda.get_device_capability = lambda device=None: capability
+    try:
+        for name in (*MODULES, *OPTIONAL):
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                if name in MODULES:
+                    return f"{name} does not import: {error}"
+            if torch.cuda.is_initialized():
+                return f"importing {name} has initialized CUDA"
+    finally:
+        torch.cuda.get_device_capability = asked
     threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
     if threads != 1:
         return f"the imports left {threads} threads" if threads else "threads cannot be counted here"
     return None
+
+
+def _capability_without_cuda() -> tuple[int, int] | None:
+    """The compute capability of this machine's GPUs, from NVML; None where it cannot say or they differ.
+
+    torchao asks torch for it when it is imported, and no fork survives the way torch finds it.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        found = {tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)) for handle in handles}
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+    return found.pop() if len(found) == 1 else None
 
 
 def _fork(request: dict[str, str], channel: Any) -> int:

@@ -50,6 +50,9 @@ METRICS: dict[str, Metric] = {
     "first_divergence": Metric(
         "token", "greedy tokens equal to the unquantized model's before the first that differs", "higher"
     ),
+    "one_row_error": Metric(
+        "1", "largest relative error of a layer's output for one row, held against its output for a prompt's rows"
+    ),
     "load_s": Metric("s", "reading the weights", "lower"),
     "quantize_s": Metric("s", "quantizing them", "lower"),
     "compile_s": Metric("s", "the first call less the median of the timed ones", "lower"),

@@ -74,6 +74,7 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     layers = steps.quantize(config, loaded.model, sample, tuning, record, phases)
     workload = config.workload
     prompt = fit_tokens(loaded.encode(read_text(workload.prompt)), workload.prompt_tokens)
+    steps.check_one_row(config, loaded.model, layers, len(prompt), record, phases)
     slots = config.cache.max_len or len(prompt) + workload.new_tokens
     if slots < len(prompt) + workload.new_tokens:
         raise InputError("cache.max_len", slots, f"is too short for {len(prompt)} + {workload.new_tokens} tokens")

@@ -30,7 +30,7 @@ from lbi.gpu_processes import ForeignWatch, named
 from lbi.metrics import Timing, model_bandwidth_utilization, prefill_flop, summarize
 from lbi.models import known_facts
 from lbi.process import CpuWatch, PeakMemory, Phases
-from lbi.quantizers import assign, audit, autoquant, custom, gemlite
+from lbi.quantizers import assign, audit, autoquant, custom, gemlite, one_row
 from lbi.quantizers.int8_layers import quantize_embeddings
 from lbi.quantizers.options import option, part_names, parts
 from lbi.record import Record
@@ -104,6 +104,16 @@ def quantize(
         "torch": torch.__version__,
     }
     return layers
+
+
+def check_one_row(
+    config: LbiConfig, model: Any, layers: list[audit.Layer], rows: int, record: Record, phases: Phases
+) -> None:
+    """Hold the kernels of a decode step against those of a prefill of `rows` tokens. Raises `BadNumerics`."""
+    with phases("check one row"):
+        worst = one_row.worst_layer(model, layers, rows, getattr(torch, config.model.dtype))
+    record.effective["one_row"] = worst
+    record.metrics["one_row_error"] = worst["error"]
 
 
 def keep_tuning(layers: list[audit.Layer], file: Path) -> None:

@@ -142,8 +142,13 @@ def _judge(
     for text, layers in made.items():
         if text != "none" and shape.timed[text][0] < limit:
             shape.errors[text] = {
-                name: _error(plain[index], layers[index] if index < timed else _made(plain[index], candidates[text]), x)
-                for index, (name, x) in enumerate((name, inputs[name]) for name in shape.names)
+                name: _error(
+                    plain[index],
+                    layers[index] if index < timed else _made(plain[index], candidates[text]),
+                    inputs[name],
+                    rows,
+                )
+                for index, name in enumerate(shape.names)
             }
 
 
@@ -165,10 +170,13 @@ def _made(layer: Any, part: QuantizerConfig) -> Any:
     return holder["layer"]
 
 
-def _error(plain: Any, made: Any, inputs: torch.Tensor) -> float:
-    """||y - y'|| / ||y|| over the layer's own inputs."""
+def _error(plain: Any, made: Any, inputs: torch.Tensor, rows: int) -> float:
+    """||y - y'|| / ||y|| over the layer's own inputs, y' from `rows` at a time: the kernel that was timed."""
+    import torch
+
     wanted = plain(inputs).float()
-    return float((made(inputs).float() - wanted).norm() / wanted.norm().clamp(min=1e-12))
+    found = torch.cat([made(part).float() for part in inputs.split(rows)])
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
 
 
 def _decide(shape: _Shape, max_error: float) -> None:

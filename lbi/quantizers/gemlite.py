@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbi.config import QuantizerConfig
-from lbi.errors import Unsupported
+from lbi.errors import NotApplied, Unsupported
 from lbi.quantizers import COMMON, Method, Needs, Observed
 
 if TYPE_CHECKING:
@@ -36,30 +36,38 @@ def _helper() -> Any:
 def from_hqq(layer: Any) -> Any:
     """An HQQLinear (axis 1) as a layer of GemLite, its parameters unchanged, its sums in float32."""
     kind = getattr(_helper(), f"A16W{layer.meta['nbits']}_HQQ_INT")
-    import gemlite
-
-    gemlite.set_native_atomic_bfp16(False)
+    _set_up("float32", "fast")
     return kind(device=layer.W_q.device, dtype=layer.compute_dtype).from_hqqlinear(layer)
 
 
-def _set_up(config: QuantizerConfig) -> None:
-    """GemLite's settings for the process, as the config says; they act when a kernel is first called.
+_set_up_as: list[tuple[str, str]] = []
+"""What this process's GemLite was set to, once it was: its settings act on every layer at each call."""
+
+
+def _set_up(accumulate: str, tuning: str) -> None:
+    """GemLite's settings for the process. Raises `NotApplied` where layers before ask for others.
 
     Its own default on Hopper adds up the partial sums of a row in bfloat16, 1% off at 2 bits.
     """
     _helper()
     import gemlite
 
-    gemlite.set_native_atomic_bfp16(config.accumulate == "native")
-    if config.tuning not in (None, "fast"):
-        gemlite.set_autotune(config.tuning)
+    if (accumulate, tuning) in _set_up_as:
+        return
+    if _set_up_as:
+        before = "accumulate={} tuning={}".format(*_set_up_as[0])
+        raise NotApplied(f"GemLite is set for a whole process: {before} and accumulate={accumulate} tuning={tuning}")
+    _set_up_as.append((accumulate, tuning))
+    gemlite.set_native_atomic_bfp16(accumulate == "native")
+    if tuning != "fast":
+        gemlite.set_autotune(tuning)
 
 
 def _with(processor: str, **settings: Any) -> Callable[[torch.nn.Module, QuantizerConfig, frozenset[str]], None]:
     """A method that hands each target to one of GemLite's processors."""
 
     def apply(model: torch.nn.Module, config: QuantizerConfig, targets: frozenset[str]) -> None:
-        _set_up(config)
+        _set_up(config.accumulate or "float32", config.tuning or "fast")
         made = None
         for name in sorted(targets):
             layer: Any = model.get_submodule(name)
@@ -77,7 +85,10 @@ def _convert(processor: Any, layer: Any, config: QuantizerConfig) -> Any:
         return processor.from_hqqlinear(as_hqq(layer, config))
     if hasattr(processor, "from_bitlinear"):
         weight, scale = _ternary(layer.weight)
-        return processor.from_weights(weight, scale, layer.bias)
+        made = processor.from_weights(weight, scale, layer.bias)
+        # A16W158 makes its scales on the CPU, wherever the weight is, and its kernel cannot read them there.
+        made.scales.data = made.scales.data.to(weight.device)
+        return made
     return processor.from_linear(layer)
 
 
@@ -130,6 +141,7 @@ def save_tuning(file: Path) -> None:
 _DTYPES = ("float16", "bfloat16")
 _INT8 = "its kernels are made of sm_80's instructions"
 _FP8 = "Triton converts e4m3 from there on"
+_NVFP = "Triton multiplies blocks with e4m3 scales only there; on sm_90 its compiler ends with an MLIR error"
 
 
 def _method(
@@ -161,7 +173,7 @@ METHODS = {
     "a16w1": _method(_with("A16W1_HQQ_INT"), 1, 8.0, _INT8, group=True),
     "a16w8_mxfp": _method(_with("A16W8_MXFP"), 8, 8.9, _FP8),
     "a16w4_mxfp": _method(_with("A16W4_MXFP"), 4, 8.9, _FP8),
-    "a16w4_nvfp": _method(_with("A16W4_NVFP"), 4, 8.9, _FP8),
+    "a16w4_nvfp": _method(_with("A16W4_NVFP"), 4, 10.0, _NVFP),
     "a8w8_int8": _method(_with("A8W8_INT8_dynamic"), 8, 8.0, _INT8, inputs=8),
     "a8w8_fp8": _method(_with("A8W8_FP8_dynamic"), 8, 8.9, _FP8, inputs=8),
     "a8w4": _method(_with("A8W4_HQQ_INT_dynamic"), 4, 8.9, _FP8, group=True, inputs=8),
@@ -169,7 +181,7 @@ METHODS = {
     "a8w8_mxfp": _method(_with("A8W8_MXFP_dynamic"), 8, 8.9, _FP8, inputs=8),
     "a8w4_mxfp": _method(_with("A8W4_MXFP_dynamic"), 4, 8.9, _FP8, inputs=8),
     "a4w4_mxfp": _method(_with("A4W4_MXFP_dynamic"), 4, 8.9, _FP8, inputs=4),
-    "a4w4_nvfp": _method(_with("A4W4_NVFP_dynamic"), 4, 8.9, _FP8, inputs=4),
+    "a4w4_nvfp": _method(_with("A4W4_NVFP_dynamic"), 4, 10.0, _NVFP, inputs=4),
     "a16w158": _method(_with("A16W158_INT"), 2, 8.0, _INT8),
     "a8w158": _method(_with("A8W158_INT_dynamic"), 2, 8.0, _INT8, inputs=8),
 }

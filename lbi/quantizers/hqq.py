@@ -43,14 +43,41 @@ def as_hqq(layer: Any, config: QuantizerConfig) -> Any:
 
 def _for_backend(layer: Any, config: QuantizerConfig) -> Any:
     if config.backend == "torchao_int4":
-        from hqq.backends.torchao import patch_hqq_to_aoint4
-
-        return patch_hqq_to_aoint4(layer, None)
+        return _as_tinygemm(layer)
     if config.backend == "gemlite":
         from lbi.quantizers.gemlite import from_hqq
 
         return from_hqq(layer)
     return layer
+
+
+def _as_tinygemm(layer: Any) -> Any:
+    """An HQQLinear (4 bits, axis 1) as hqq's module for tinygemm.
+
+    hqq decides from the first three characters of torch's version whether two weights go into a
+    byte, and takes 2.11 for 2.1: what it left unpacked is packed here.
+    """
+    import torch
+    from hqq.backends.torchao import HQQLinearTorchWeightOnlynt4
+
+    class Packed(HQQLinearTorchWeightOnlynt4):  # type: ignore[misc]
+        def hqq_quants_to_torch_quants(self, *given: Any, **named: Any) -> Any:
+            weights, scales, zeros = super().hqq_quants_to_torch_quants(*given, **named)
+            if weights.dtype == torch.int32:
+                weights = (weights[:, ::2] << 4 | weights[:, 1::2]).to(torch.uint8)
+            return weights, scales, zeros
+
+    Packed.__name__ = HQQLinearTorchWeightOnlynt4.__name__
+    made = Packed(
+        None,
+        quant_config=layer.quant_config,
+        compute_dtype=layer.compute_dtype,
+        device=layer.device,
+        del_orig=False,
+        initialize=False,
+        padding=False,
+    )
+    return made.initialize_with_hqq_quants(layer.W_q, layer.meta, layer.bias)
 
 
 def observe(layer: torch.nn.Module) -> Observed | None:

@@ -33,6 +33,8 @@ class LayerPass:
 
     def __init__(self, layers: Sequence[Any], inputs: torch.Tensor, compiler: CompilerConfig) -> None:
         self.count, self.cuda = len(layers), inputs.device.type == "cuda"
+        # A CUDA graph holds addresses and no references: what it reads must outlive it here.
+        self._kept = (list(layers), inputs)
         calls = [_compiled(layer, compiler) for layer in layers]
 
         def run() -> None:

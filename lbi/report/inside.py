@@ -40,6 +40,15 @@ def unpacked(effective: dict[str, Any]) -> list[str]:
     return [f"{size(total)} a token: {found.get('evidence')}"] if finite(total) else []
 
 
+def one_row(effective: dict[str, Any]) -> list[str]:
+    """How far the kernels of a decode step are from those of the prefill, in the worst layer."""
+    found = part(effective, "one_row")
+    error = found.get("error")
+    if not finite(error):
+        return []
+    return [f"{percent(error, 2)} in {found.get('layer')} ({found.get('shape')}), against {found.get('rows')} rows"]
+
+
 def choices(effective: dict[str, Any]) -> list[str]:
     """One text a shape: what was chosen for how many layers, each candidate's time, error, or why it was left out."""
     known = part(effective, "choices")
