@@ -22,7 +22,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +147,7 @@ def _import_all() -> str | None:
     """Import everything a run needs; why forking would not be sound, or None."""
     import torch
 
-    capability = _capability_without_cuda() if torch.cuda.is_available() else None
-    asked = torch.cuda.get_device_capability
-    if capability is not None:
-        torch.cuda.get_device_capability = lambda device=None: capability
-    try:
+    with _asked_through_nvml(torch.cuda) as callers:
         for name in (*MODULES, *OPTIONAL):
             try:
                 importlib.import_module(name)
@@ -157,13 +155,31 @@ def _import_all() -> str | None:
                 if name in MODULES:
                     return f"{name} does not import: {error}"
             if torch.cuda.is_initialized():
-                return f"importing {name} has initialized CUDA"
-    finally:
-        torch.cuda.get_device_capability = asked
+                outside = [line for line in callers if "/torch/" not in line and "importlib" not in line]
+                return f"importing {name} has initialized CUDA ({outside[-1] if outside else 'by an extension'})"
     threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
     if threads != 1:
         return f"the imports left {threads} threads" if threads else "threads cannot be counted here"
     return None
+
+
+@contextmanager
+def _asked_through_nvml(cuda: Any) -> Iterator[list[str]]:
+    """Answer what imports ask of a GPU without CUDA, and note the lines of those that initialize it all the same."""
+    asked, initialize, callers = cuda.get_device_capability, cuda._lazy_init, list[str]()
+    capability = _capability_without_cuda() if cuda.is_available() else None
+
+    def noted() -> None:
+        callers.extend(f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_stack()[:-1])
+        initialize()
+
+    if capability is not None:
+        cuda.get_device_capability = lambda device=None: capability
+    cuda._lazy_init = noted
+    try:
+        yield callers
+    finally:
+        cuda.get_device_capability, cuda._lazy_init = asked, initialize
 
 
 def _capability_without_cuda() -> tuple[int, int] | None:
@@ -202,8 +218,6 @@ def _fork(request: dict[str, str], channel: Any) -> int:
         channel.close()
         code = importlib.import_module(request["module"]).main(Path(request["argument"])) or 0
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -22,14 +22,19 @@ def runs_on(plan: Callable[..., Plan], *overrides: str) -> dict[str, bool]:
     return hardware.runs_on(config, inspect(config.model))
 
 
-def test_the_cpu_form_of_int4_runs_on_no_gpu(plan: Callable[..., Plan]) -> None:
-    assert runs_on(plan, "quantizer=int4_wo") == {
-        "CPU": True,
-        "sm_80": False,
-        "sm_89": False,
-        "sm_90": False,
-        "sm_100": False,
-    }
+@pytest.mark.parametrize(
+    ("option", "kinds"),
+    [
+        ("rsr", ["CPU"]),
+        ("int4_wo", ["CPU", "sm_80", "sm_89", "sm_90", "sm_100"]),
+        ("gemlite_a16w8_fp8", ["sm_89", "sm_90", "sm_100"]),
+        ("gemlite_a16w4_nvfp", ["sm_100"]),
+    ],
+)
+def test_options_run_on_their_kinds_of_hardware(plan: Callable[..., Plan], option: str, kinds: list[str]) -> None:
+    found = runs_on(plan, f"quantizer={option}")
+    assert list(found) == ["CPU", "sm_80", "sm_89", "sm_90", "sm_100"]
+    assert [name for name, can in found.items() if can] == kinds
 
 
 def test_what_needs_a_capability_says_yes_from_there_on(
@@ -83,5 +88,5 @@ def test_doctor_prints_it_all(run_lbi: Callable[..., subprocess.CompletedProcess
     start = next(index for index, line in enumerate(lines) if line.split()[:2] == ["quantizer", "here"])
     table = {line.split()[0]: line.split()[1:] for line in lines[start + 1 :] if line.strip()}
     assert table["none"] == ["yes"] * 6
-    assert table["int4_wo"][1:3] == ["yes", "no"]
+    assert table["rsr"][1:3] == ["yes", "no"]
     assert "cache=static" in done.stdout
