@@ -1,0 +1,62 @@
+"""Which tile a GEMV takes: looked up by GPU, format and shape, never timed while a model runs.
+
+`tiles.json` holds what `benchmarks/gemv.py --tune` found on a GPU. For a GPU or a shape that is
+not in it there is a rule of thumb, and `is_tuned` says so.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from lbi.kernels.formats import ZERO, Packed
+
+FILE = Path(__file__).parent / "tiles.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """`rows` of the matrix a program has, `words` of each that it reads at once (elements, if they are not
+    packed), `warps` of a program, `split`: programs that share the rows' length and leave partial sums."""
+
+    rows: int
+    words: int
+    warps: int
+    split: int = 1
+
+
+def tile_for(matrix: Packed) -> Tile:
+    """The tile for a matrix on its GPU."""
+    known = _known(_gpu(matrix.data)).get(f"{matrix.format} g{matrix.group_size} {matrix.rows}x{matrix.inputs}")
+    return known or _rule_of_thumb(matrix)
+
+
+def is_tuned(matrix: Packed) -> bool:
+    """Whether the tile was measured on this GPU, for this shape."""
+    key = f"{matrix.format} g{matrix.group_size} {matrix.rows}x{matrix.inputs}"
+    return key in _known(_gpu(matrix.data))
+
+
+def _rule_of_thumb(matrix: Packed) -> Tile:
+    """Some 16 KB a program, of as few rows as that takes: small matrices then still reach every multiprocessor."""
+    width = matrix.data.shape[1]
+    if matrix.format in ZERO:
+        words = min(512, 1 << (width - 1).bit_length())
+        return Tile(8, max(words, 16), 4 if words >= 512 else 2 if words >= 256 else 1)
+    words = min(2048, 1 << (width - 1).bit_length())
+    return Tile(2 if matrix.format == "plain" else 4, max(words, 16), 4)
+
+
+def _gpu(tensor: torch.Tensor) -> str:
+    return torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else "cpu"
+
+
+@cache
+def _known(gpu: str) -> dict[str, Tile]:
+    if not FILE.exists():
+        return {}
+    return {key: Tile(**value) for key, value in json.loads(FILE.read_text()).get(gpu, {}).items()}
