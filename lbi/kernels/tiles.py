@@ -44,6 +44,9 @@ def is_tuned(matrix: Packed) -> bool:
 def _rule_of_thumb(matrix: Packed) -> Tile:
     """Some 16 KB a program, of as few rows as that takes: small matrices then still reach every multiprocessor."""
     width = matrix.data.shape[1]
+    if not matrix.data.is_cuda:
+        # Triton's interpreter takes a millisecond a program, whatever there is in it.
+        return Tile(64, max(16, min(2048, 1 << (width - 1).bit_length())), 4)
     if matrix.format in ZERO:
         words = min(512, 1 << (width - 1).bit_length())
         return Tile(8, max(words, 16), 4 if words >= 512 else 2 if words >= 256 else 1)
