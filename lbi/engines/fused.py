@@ -145,11 +145,11 @@ class Llama:
 
 def product(x: torch.Tensor, matrix: Packed) -> torch.Tensor:
     """(T, rows): the matrix times `x`, (T, inputs), by the kernel for that many tokens."""
-    if not x.is_cuda or x.shape[0] > 16:
+    if not x.is_cuda:
         return times(matrix, x)
-    from lbi.kernels.gemv import matmul_small
+    from lbi.kernels.gemv import MOST_ROWS, dequantized, matmul_small
 
-    return matmul_small(x, matrix)
+    return matmul_small(x, matrix) if x.shape[0] <= MOST_ROWS else F.linear(x, dequantized(matrix, x.dtype))
 
 
 class FusedEngine:

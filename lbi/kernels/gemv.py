@@ -61,3 +61,15 @@ def matmul_small(x: torch.Tensor, matrix: Packed, bias: torch.Tensor | None = No
         BM=MOST_ROWS, BN=rows, BW=words, STEPS=-(-matrix.data.shape[1] // words), num_warps=4,
     )  # fmt: skip
     return out
+
+
+def dequantized(matrix: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """`Packed.dequantize` in one pass over the matrix, without its float32 temporaries."""
+    if matrix.scales is None:
+        return matrix.data.to(dtype)
+    rows, words = (8, 128) if matrix.data.is_cuda else (64, 512)
+    out = torch.empty(matrix.rows, matrix.inputs, device=matrix.data.device, dtype=dtype)
+    device.dequantize_kernel[(-(-matrix.rows // rows), -(-matrix.data.shape[1] // words))](
+        matrix.data, matrix.scales, matrix.zeros, out, matrix.rows, **constants(matrix), BN=rows, BW=words, num_warps=4
+    )
+    return out

@@ -170,3 +170,31 @@ def small_kernel(
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     tl.store(out + m[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@triton.jit
+def dequantize_kernel(
+    data, scales, zeros, out, N,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, Z: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """The whole matrix in the type of `out`, for the tensor cores of a long prefill."""
+    WIDTH: tl.constexpr = K if BITS == 0 else K * BITS // 32
+    FIELDS: tl.constexpr = 1 if BITS == 0 else 32 // BITS
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    j = tl.program_id(1) * BW + tl.arange(0, BW)
+    inside = (n[:, None] < N) & (j[None, :] < WIDTH)
+    words = _load(data, n, j, N, WIDTH, False)
+    where = n[:, None] * (K // GROUP) + (j // (GROUP // FIELDS))[None, :]
+    scale = tl.load(scales + where, mask=inside, other=0.0).to(tl.float32)
+    if Z < 0:
+        zero = tl.load(zeros + where, mask=inside, other=0.0).to(tl.float32)
+    else:
+        zero = Z
+    start = j if BITS == 0 else j // 4 * (4 * FIELDS) + j % 4
+    for field in tl.static_range(FIELDS):
+        if BITS == 0:
+            value = words.to(tl.float32) * scale
+        else:
+            value = ((_floats(words, field, BITS) - 1.0) * (2**BITS) - zero) * scale
+        to = out + n[:, None].to(tl.int64) * K + (start + 4 * field)[None, :]
+        tl.store(to, value.to(out.dtype.element_ty), mask=inside)
