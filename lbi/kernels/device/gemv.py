@@ -43,32 +43,40 @@ def _step(
     K: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, Z: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of one block of words (or plain weights, BITS 0) with their inputs."""
+    """Add the products of one block of words (or plain weights, BITS 0) with their inputs.
+
+    One return at the end: Triton compiles what follows a return inside an if, whatever the if says.
+    """
     if BITS == 0:
         inputs = tl.load(x + j, mask=j < WIDTH, other=0.0).to(tl.float32)
-        return acc + words.to(tl.float32) * inputs[None, :], sums
-    FIELDS: tl.constexpr = 32 // BITS
-    ONE: tl.constexpr = 2**BITS
-    start = j // 4 * (4 * FIELDS) + j % 4
-    part = tl.zeros_like(acc)
-    total = tl.zeros_like(sums)
-    for field in tl.static_range(FIELDS):
-        if EVEN:
-            inputs = tl.load(x + start + 4 * field).to(tl.float32)
+        acc += words.to(tl.float32) * inputs[None, :]
+    else:
+        FIELDS: tl.constexpr = 32 // BITS
+        ONE: tl.constexpr = 2**BITS
+        start = j // 4 * (4 * FIELDS) + j % 4
+        part = tl.zeros_like(acc)
+        total = tl.zeros_like(sums)
+        for field in tl.static_range(FIELDS):
+            if EVEN:
+                inputs = tl.load(x + start + 4 * field).to(tl.float32)
+            else:
+                inputs = tl.load(x + start + 4 * field, mask=j < WIDTH, other=0.0).to(tl.float32)
+            part += _floats(words, field, BITS) * inputs[None, :]
+            total += inputs
+        if GROUP == K:
+            acc += part
+            sums += total
         else:
-            inputs = tl.load(x + start + 4 * field, mask=j < WIDTH, other=0.0).to(tl.float32)
-        part += _floats(words, field, BITS) * inputs[None, :]
-        total += inputs
-    if GROUP == K:
-        return acc + part, sums + total
-    GROUPS: tl.constexpr = K // GROUP
-    where = n[:, None] * GROUPS + (j // (GROUP // FIELDS))[None, :]
-    inside = (n[:, None] < N) & (j[None, :] < WIDTH)
-    scale = tl.load(scales + where, mask=inside, other=0.0).to(tl.float32)
-    if Z >= 0:
-        return acc + scale * (part * ONE - (total * (ONE + Z))[None, :]), sums
-    zero = tl.load(zeros + where, mask=inside, other=0.0).to(tl.float32)
-    return acc + scale * (part * ONE - (zero + ONE) * total[None, :]), sums
+            GROUPS: tl.constexpr = K // GROUP
+            where = n[:, None] * GROUPS + (j // (GROUP // FIELDS))[None, :]
+            inside = (n[:, None] < N) & (j[None, :] < WIDTH)
+            scale = tl.load(scales + where, mask=inside, other=0.0).to(tl.float32)
+            if Z >= 0:
+                acc += scale * (part * ONE - (total * (ONE + Z))[None, :])
+            else:
+                zero = tl.load(zeros + where, mask=inside, other=0.0).to(tl.float32)
+                acc += scale * (part * ONE - (zero + ONE) * total[None, :])
+    return acc, sums
 
 
 @triton.jit
