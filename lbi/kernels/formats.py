@@ -66,7 +66,7 @@ class Packed:
             codes, zero = unpack(self.data, BITS[self.format]), float(ZERO[self.format])
         grouped = codes.float().view(self.rows, self.scales.shape[1], -1)
         zeros = zero if self.zeros is None else self.zeros.float()[..., None]
-        return ((grouped - zeros) * self.scales.float()[..., None]).view(self.rows, self.inputs).to(dtype)
+        return grouped.sub_(zeros).mul_(self.scales.float()[..., None]).view(self.rows, self.inputs).to(dtype)
 
 
 def positions(bits: int, inputs: int) -> torch.Tensor:
@@ -85,22 +85,19 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, inputs = codes.shape
     if inputs % (WORDS * 32 // bits):
         raise ValueError(f"{inputs} inputs are not a multiple of {WORDS * 32 // bits}, four words of {bits} bits")
-    where = positions(bits, inputs).to(codes.device)
-    words = torch.zeros(rows, where.shape[0], dtype=torch.int32, device=codes.device)
-    for field in range(where.shape[1]):
-        words |= codes[:, where[:, field]].to(torch.int32) << (bits * field)
-    return words
+    # (rows, fours of words, fields, words), as `positions` has them: the fields of a word lie `WORDS` apart.
+    fields = codes.reshape(rows, -1, 32 // bits, WORDS)
+    words = torch.zeros(rows, fields.shape[1], WORDS, dtype=torch.int32, device=codes.device)
+    for field in range(fields.shape[2]):
+        words |= fields[:, :, field].to(torch.int32) << (bits * field)
+    return words.view(rows, -1)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """The codes that `pack` was given, (rows, inputs) uint8."""
-    fields = 32 // bits
-    inputs = words.shape[1] * fields
-    codes = torch.empty(words.shape[0], inputs, dtype=torch.uint8, device=words.device)
-    where = positions(bits, inputs).to(words.device)
-    for field in range(fields):
-        codes[:, where[:, field]] = (words >> (bits * field) & (2**bits - 1)).to(torch.uint8)
-    return codes
+    fours = words.view(words.shape[0], -1, WORDS)
+    fields = [(fours >> low & (2**bits - 1)).to(torch.uint8) for low in range(0, 32, bits)]
+    return torch.stack(fields, dim=2).view(words.shape[0], -1)
 
 
 def stacked(parts: Sequence[Packed]) -> Packed:
