@@ -54,7 +54,8 @@ def gemv(x: torch.Tensor, matrix: Packed, bias: torch.Tensor | None = None, tile
 
 def matmul_small(x: torch.Tensor, matrix: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(M, rows) of `x`'s type for up to 16 tokens, `x` being (M, inputs)."""
-    rows, words = 32, 64 if matrix.format in ZERO else 128
+    # Half as many in float32: the inputs of all fields then still fit the 99 KB that sm_89 has to share.
+    rows, words = 32, (128 if matrix.format in ZERO else 256) // x.element_size()
     out = torch.empty(x.shape[0], matrix.rows, device=x.device, dtype=x.dtype)
     device.small_kernel[(-(-matrix.rows // rows),)](
         x, matrix.data, matrix.scales, matrix.zeros, bias, out, x.shape[0], matrix.rows, **constants(matrix),
