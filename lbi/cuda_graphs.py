@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lbi.errors import Unsupported
+
 WARM_UPS = 3
 """Calls before capturing: libraries allocate workspaces and tune their kernels in the first ones."""
 
@@ -55,25 +57,63 @@ class GraphedForward:
         return captured.output
 
     def _capture(self, arguments: dict[str, Any], tensors: dict[str, torch.Tensor], cache: Any) -> _Captured:
+        require_device_counters(cache)
         inputs = {name: value.clone() for name, value in tensors.items()}
         own = {**arguments, **inputs}
         # A step moves the cache's write position on; warming up and capturing must leave it where it is.
         positions = [layer.cumulative_length for layer in cache.layers]
         before = [position.clone() for position in positions]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self.forward(**own)
-                _restore(positions, before)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = self.forward(**own)
-        _restore(positions, before)
+
+        def restore() -> None:
+            for position, value in zip(positions, before, strict=True):
+                position.copy_(value)
+
+        graph, output = record(lambda: self.forward(**own), restore)
         return _Captured(graph, inputs, output)
 
 
-def _restore(positions: list[torch.Tensor], before: list[torch.Tensor]) -> None:
-    for position, value in zip(positions, before, strict=True):
-        position.copy_(value)
+class GraphedCall:
+    """A call without arguments that works on tensors which never move; captured at once.
+
+    `restore` puts back what a call moves on. What the call returns lies in the graph's own
+    memory, and each replay overwrites it.
+    """
+
+    def __init__(self, call: Callable[[], Any], restore: Callable[[], None]) -> None:
+        self.replays = 0
+        self._graph, self._output = record(call, restore)
+
+    def __call__(self) -> Any:
+        self._graph.replay()
+        self.replays += 1
+        return self._output
+
+
+def record(call: Callable[[], Any], restore: Callable[[], None]) -> tuple[Any, Any]:
+    """A CUDA graph of `call`, and what the call returned while it was recorded.
+
+    Random numbers that are drawn inside come from the default generator, which torch
+    registers with every graph: a replay draws new ones, from the generator's seed.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            call()
+            restore()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+    restore()
+    return graph, output
+
+
+def require_device_counters(cache: Any) -> None:
+    """Raises `Unsupported` for a cache that counts its tokens on the host, where no replay can move them on."""
+    for layer in cache.layers:
+        if hasattr(layer, "cumulative_length_int") or not hasattr(layer, "cumulative_length"):
+            raise Unsupported(
+                f"compiler=cudagraph: a {type(layer).__name__} of transformers counts its tokens on the host, where a "
+                "replayed graph cannot move them on; compiler=eager runs this model"
+            )

@@ -6,23 +6,22 @@ of its tables: it alone has the launch grid of a kernel, and the tables take ten
 
 from __future__ import annotations
 
-import functools
 import json
 import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from lbi.engines import Engine
+from lbi.engines import Engine, steps_to_look_at
 
-NEW_TOKENS = 4
-"""One prefill and three decode steps: enough to tell what each step does from what happens once."""
+LAUNCHES_TAKEN = 3
+"""Enough to tell what each decode step does from what happens once."""
 
 MARK = "lbi: decode step"
+"""Around the launch of one step; of several at once it is "lbi: decode steps" and their number."""
 
 LAUNCHES = frozenset({"cuda_runtime", "cuda_driver"})
 DEVICE_WORK = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
@@ -55,20 +54,25 @@ class Allocation:
 
 @dataclass(slots=True)
 class Step:
-    """One forward pass for one token."""
+    """What was launched at once: one forward pass for one token, or those of `tokens` tokens."""
 
+    tokens: int = 1
     ops: list[Kernel] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
     allocations: list[Allocation] = field(default_factory=list)
 
 
-def take(engine: Engine, model: Any, prompt: list[int], device: str) -> list[Step]:
-    """The decode steps of a generation of `NEW_TOKENS` tokens by `engine`, which runs `model`."""
-    from torch.profiler import ProfilerActivity, profile
+def take(engine: Engine, prompt: list[int], device: str, new_tokens: int) -> list[Step]:
+    """What `LAUNCHES_TAKEN` launches of decode steps by `engine` do, or all of a workload of `new_tokens` tokens."""
+    from torch.profiler import ProfilerActivity, profile, record_function
 
+    def mark(tokens: int) -> Any:
+        return record_function(MARK if tokens == 1 else f"{MARK}s {tokens}")
+
+    wanted = 1 + steps_to_look_at(engine, LAUNCHES_TAKEN, new_tokens)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with _marked(model), profile(activities=activities, profile_memory=True, acc_events=False) as profiler:
-        engine.generate(prompt, NEW_TOKENS, seed=0)
+    with engine.marking(mark), profile(activities=activities, profile_memory=True, acc_events=False) as profiler:
+        engine.generate(prompt, wanted, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
@@ -76,43 +80,16 @@ def take(engine: Engine, model: Any, prompt: list[int], device: str) -> list[Ste
         return read_steps(json.loads(file.read_text(errors="replace"))["traceEvents"])
 
 
-@contextmanager
-def _marked(model: Any) -> Iterator[None]:
-    """Every forward pass but the first, which is the prefill, is marked in the trace as a decode step."""
-    from torch.profiler import record_function
-
-    plain, calls = model.forward, 0
-
-    @functools.wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 1:
-            return plain(*args, **kwargs)
-        with record_function(MARK):
-            return plain(*args, **kwargs)
-
-    # Where the engine has put a compiled forward, it must be there again afterwards.
-    own = model.__dict__.get("forward")
-    model.forward = forward
-    try:
-        yield
-    finally:
-        del model.forward
-        if own is not None:
-            model.forward = own
-
-
 def read_steps(events: Iterable[Event]) -> list[Step]:
     """The decode steps in a chrome trace's events, in order; empty where none is marked."""
     known = list(events)
     spans = sorted(
-        (event["ts"], event["ts"] + event["dur"], event["tid"])
+        (event["ts"], event["ts"] + event["dur"], event["tid"], _tokens(event["name"]))
         for event in known
-        if event.get("cat") == "user_annotation" and event["name"] == MARK
+        if event.get("cat") == "user_annotation" and event["name"].startswith(MARK)
     )
-    starts = [start for start, _, _ in spans]
-    steps = [Step() for _ in spans]
+    starts = [start for start, *_ in spans]
+    steps = [Step(tokens) for *_, tokens in spans]
 
     def number(event: Event) -> int | None:
         """Which step it falls into. GPU work is asynchronous, so only the host's events are asked for this."""
@@ -122,6 +99,10 @@ def read_steps(events: Iterable[Event]) -> list[Step]:
     _read_host(steps, [event for event in known if spans and event.get("tid") == spans[0][2]], number)
     _read_device(steps, known, number)
     return steps
+
+
+def _tokens(mark: str) -> int:
+    return int(mark.removeprefix(f"{MARK}s")) if mark != MARK else 1
 
 
 def _read_host(steps: list[Step], events: list[Event], number: StepOf) -> None:

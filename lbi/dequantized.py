@@ -60,11 +60,11 @@ def _from_allocations(
     """By the memory each step takes: a block as large as a layer's unpacked weight, for each layer of that size."""
     widths = dict.fromkeys((itemsize, 4))
     forms = [(numel, width) for width in widths for numel in sorted(sizes, reverse=True)]
-    seen = [Counter(_form(block, forms, device) for block in step.allocations) for step in steps]
+    counted = [(Counter(_form(block, forms, device) for block in step.allocations), step.tokens) for step in steps]
     written: dict[tuple[int, int], int] = {}
     for numel, layers in sizes.items():
         # No more than there are layers: packed weights of a large shape can have a small one's float32 size.
-        least = {width: min(layers, *(count[numel, width] for count in seen)) for width in widths}
+        least = {width: min(layers, *(count[numel, width] // tokens for count, tokens in counted)) for width in widths}
         width = max(widths, key=least.__getitem__)
         # On a CPU a block has exactly its tensor's size, and all layers of one shape are compiled alike.
         alike = compiled and device == "cpu" and least[width] > 0
@@ -73,7 +73,7 @@ def _from_allocations(
         block.by for step in steps for block in step.allocations if written.get(_form(block, forms, device) or (0, 0))
     )
     by = ", ".join(shorten(name) for name, _ in makers.most_common(2))
-    return _judged(written, sizes, f"each of {len(steps)} decode steps allocates their size (in {by})")
+    return _judged(written, sizes, f"each of {_count(steps)} allocates their size (in {by})")
 
 
 def _form(block: Allocation, forms: Sequence[tuple[int, int]], device: str) -> tuple[int, int] | None:
@@ -100,20 +100,27 @@ def _rounding(wanted: int, device: str) -> int:
 def _from_kernels(steps: Sequence[Step], sizes: Mapping[int, int], itemsize: int) -> Written:
     """By launches: for the layers from the largest on, as many kernels that write at least so many elements."""
     reach = [
-        [
-            PER_THREAD * kernel.threads
-            for kernel in step.kernels
-            if WRITES.search(kernel.name) and not NO_WEIGHT.search(kernel.name)
-        ]
+        (
+            step.tokens,
+            [
+                PER_THREAD * kernel.threads
+                for kernel in step.kernels
+                if WRITES.search(kernel.name) and not NO_WEIGHT.search(kernel.name)
+            ],
+        )
         for step in steps
     ]
     written: dict[tuple[int, int], int] = {}
     for numel in sorted(sizes, reverse=True):
         needed = sizes[numel] + sum(written.values())
-        if min(sum(elements >= numel for elements in step) for step in reach) < needed:
+        if min(sum(elements >= numel for elements in widest) // tokens for tokens, widest in reach) < needed:
             break
         written[numel, itemsize] = sizes[numel]
-    return _judged(written, sizes, f"each of {len(steps)} decode steps launches elementwise kernels of their size")
+    return _judged(written, sizes, f"each of {_count(steps)} launches elementwise kernels of their size")
+
+
+def _count(steps: Sequence[Step]) -> str:
+    return f"{sum(step.tokens for step in steps)} decode steps"
 
 
 def _judged(written: Mapping[tuple[int, int], int], sizes: Mapping[int, int], evidence: str) -> Written:

@@ -36,13 +36,13 @@ def summary(steps: Sequence[Step], device: str) -> dict[str, Any]:
         name = shorten(kernel.name)
         seconds[name] += kernel.seconds  # type: ignore[assignment]
         calls[name] += 1
-    total = sum(seconds.values())
+    total, tokens = sum(seconds.values()), sum(step.tokens for step in steps)
     return {
         "time": "of the GPU" if device == "cuda" else "of the CPU, callees excluded, while profiled",
-        "steps": len(steps),
-        "ms_per_step": 1e3 * total / len(steps),
+        "steps": tokens,
+        "ms_per_step": 1e3 * total / tokens,
         "top": [
-            {"name": name, "calls": calls[name] / len(steps), "share": spent / total if total else 0.0}
+            {"name": name, "calls": calls[name] / tokens, "share": spent / total if total else 0.0}
             for name, spent in seconds.most_common(SHOWN)
         ],
     }

@@ -39,7 +39,7 @@ def look_inside(
     if any(option.family == "torchao" for option in options.values()):
         record.effective["torchao_extensions"] = torchao_extensions()
     with phases("look inside"):
-        steps = decode_trace.take(engine, model, prompt, device)
+        steps = decode_trace.take(engine, prompt, device, config.workload.new_tokens)
     record.effective["kernels"] = kernels_seen.summary(steps, device)
     kernels_seen.check(steps, options.values(), device, backend)
     sizes = weight_only(layers, options)

@@ -21,6 +21,7 @@ from typing import Any
 
 from lbi import identity
 from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig, ModelConfig, QuantizerConfig
+from lbi.engines import make, plain_engine
 from lbi.files import read_json, write_json
 from lbi.identity import digest
 from lbi.model_files import inspect
@@ -65,10 +66,11 @@ def base_model(config: LbiConfig) -> ModelConfig | None:
 
 
 def unquantized(config: LbiConfig) -> LbiConfig:
-    """The cell with nothing applied: plain weights, eager, dynamic cache, greedy."""
+    """The cell with nothing applied: plain weights, engine=hf, eager, dynamic cache, greedy."""
     return replace(
         config,
         model=base_model(config) or config.model,
+        engine=plain_engine(config.engine),
         quantizer=QuantizerConfig(name="none", family="none", method="none"),
         compiler=CompilerConfig(name="eager", backend="eager"),
         decoding=DecodingConfig(name="greedy", kind="greedy"),
@@ -86,11 +88,10 @@ def main(folder: Path) -> None:
         raise SystemExit(f"{folder}: there is no request.json")
     config = unquantized(build(LbiConfig, request["config"]))
     prepare(config)
-    from lbi.engines.hf import HfEngine
     from lbi.models import fit_tokens, load, read_text
 
     loaded = load(config.model, config.engine)
-    engine = HfEngine(loaded.model, config, slots=0)
+    engine = make(config, loaded.model, slots=0)
     if config.quality.enabled and not Path(request["logits"]).exists():
         _save_logits(Path(request["logits"]), engine, loaded.encode(read_text(config.quality.text)), config)
     if not Path(request["greedy"]).exists():

@@ -62,7 +62,7 @@ def _classify(error: Exception) -> tuple[str, str]:
 
 def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Phases) -> None:
     from lbi import steps
-    from lbi.engines.hf import HfEngine
+    from lbi.engines import make
     from lbi.look_inside import look_inside
     from lbi.models import fit_tokens, load, read_text
 
@@ -71,14 +71,17 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
         loaded = load(config.model, config.engine)
     tuning = Path(request["devices"]) / f"gemlite-{request['env_id']}.json"
     sample = loaded.encode(read_text("text:chat"))
-    layers = steps.quantize(config, loaded.model, sample, tuning, record, phases)
     workload = config.workload
     prompt = fit_tokens(loaded.encode(read_text(workload.prompt)), workload.prompt_tokens)
+    needed = len(prompt) + workload.new_tokens
+    slots = config.cache.max_len or needed
+    if slots < needed:
+        raise InputError(
+            "cache.max_len", slots, f"is too short for {needed} tokens", "Set it to null for what is needed"
+        )
+    layers = steps.quantize(config, loaded.model, sample, tuning, record, phases)
     steps.check_one_row(config, loaded.model, layers, len(prompt), record, phases)
-    slots = config.cache.max_len or len(prompt) + workload.new_tokens
-    if slots < len(prompt) + workload.new_tokens:
-        raise InputError("cache.max_len", slots, f"is too short for {len(prompt)} + {workload.new_tokens} tokens")
-    engine = HfEngine(loaded.model, config, slots)
+    engine = make(config, loaded.model, slots)
     check = steps.plain_path(config, loaded.model, prompt, phases)
     steps.warm_up(config, engine, prompt, record, phases)
     steps.keep_tuning(layers, tuning)

@@ -22,8 +22,7 @@ from lbi import environment, identity, lossless, quality, roofline, rules
 from lbi.compilers import CompilerState, counters
 from lbi.config import CacheConfig, CompilerConfig, LbiConfig
 from lbi.energy import EnergyMeter
-from lbi.engines import Engine
-from lbi.engines.hf import HfEngine
+from lbi.engines import Engine, make, plain_engine, steps_to_look_at
 from lbi.errors import BadNumerics, Disturbed, NotApplied, RunFailure, Unsupported
 from lbi.files import BadFile, read_json, write_json
 from lbi.gpu_processes import ForeignWatch, named
@@ -125,15 +124,17 @@ def keep_tuning(layers: list[audit.Layer], file: Path) -> None:
 def plain_path(
     config: LbiConfig, model: Any, prompt: list[int], phases: Phases
 ) -> Callable[[list[int]], dict[str, Any]] | None:
-    """A check of the cell's greedy tokens against the eager, dynamic-cache path of the same weights.
+    """A check of the cell's greedy tokens against generate(), eager and with a dynamic cache, on the same weights.
 
     None where there is nothing to check: the cell is that path, or it samples.
     """
-    is_plain = config.compiler.backend == "eager" and config.cache.kind == "dynamic"
+    eager, dynamic = config.compiler.backend == "eager", config.cache.kind == "dynamic"
+    is_plain = config.engine.kind == "hf" and eager and dynamic
     if is_plain or config.decoding.kind != "greedy":
         return None
     with phases("plain path"):
-        engine = HfEngine(model, replace(config, compiler=PLAIN_COMPILER, cache=PLAIN_CACHE), slots=0)
+        plain = replace(config, engine=plain_engine(config.engine), compiler=PLAIN_COMPILER, cache=PLAIN_CACHE)
+        engine = make(plain, model, slots=0)
         expected = engine.generate(prompt, config.workload.new_tokens, seed=0, inspect=True)
         at_once = engine.forward(prompt + expected.tokens[:-1])[len(prompt) - 1 :].float().cpu()
     if not bool(torch.isfinite(at_once).all()):
@@ -141,7 +142,7 @@ def plain_path(
     return lambda tokens: lossless.compare(tokens, expected.tokens, expected.logits, at_once)
 
 
-def warm_up(config: LbiConfig, engine: HfEngine, prompt: list[int], record: Record, phases: Phases) -> None:
+def warm_up(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> None:
     """Compile, generate until warm, and read back what was compiled and which cache is used."""
     compiled = config.compiler.backend != "eager"
     durations, cache = [], {}
@@ -162,12 +163,13 @@ def warm_up(config: LbiConfig, engine: HfEngine, prompt: list[int], record: Reco
         _note_compiled(config, engine, record)
 
 
-def _note_compiled(config: LbiConfig, engine: HfEngine, record: Record) -> None:
+def _note_compiled(config: LbiConfig, engine: Engine, record: Record) -> None:
     """Record what was compiled or captured. Raises `NotApplied` where that is not what was asked for."""
-    if engine.graphed is not None:
-        found = {"cuda_graphs": engine.graphed.graphs, "replays": engine.graphed.replays}
+    graphs = engine.graphs()
+    if graphs is not None:
+        found = {"cuda_graphs": graphs.captured, "replays": graphs.replays, "tokens_per_graph": engine.tokens_at_once}
         record.effective["compiler"] = {**counters(), **found} if config.compiler.linears else found
-        if not engine.graphed.replays:
+        if not graphs.replays:
             raise NotApplied(f"{config.compiler.name} was asked for and no step was replayed")
         return
     seen = counters()
@@ -351,4 +353,6 @@ def trace(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, 
     from lbi.tracing import profile
 
     with phases("trace"):
-        record.effective["trace"] = profile(engine, prompt, config.trace.tokens, record.folder / "trace")
+        launches = -(-config.trace.tokens // engine.tokens_at_once)
+        tokens = steps_to_look_at(engine, launches, config.workload.new_tokens)
+        record.effective["trace"] = profile(engine, prompt, tokens, record.folder / "trace")

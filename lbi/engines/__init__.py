@@ -1,14 +1,21 @@
 """Engines: what turns a prompt into tokens.
 
-Every engine has the methods of `Engine`; a run knows nothing else about it.
+Every engine has the methods of `Engine`; a run knows nothing else about it, and gets its
+own from `make`. Nothing heavy is imported here: `make` imports the engine it is asked for.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from lbi.config import EngineConfig, LbiConfig
 from lbi.metrics import Timing
+
+Mark = Callable[[int], AbstractContextManager[Any]]
+"""Makes what surrounds a launch of decode steps; it is told the number of tokens that the launch makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +28,22 @@ class Generation:
     cache: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """CUDA graphs of an engine: how many it has captured, and replays of all of them."""
+
+    captured: int
+    replays: int
+
+
 class Engine(Protocol):
     """Generates with the cell's compiler, cache and decoding."""
+
+    tokens_at_once: int
+    """Tokens that one launch makes; the times of all of them are the launch's end."""
+
+    def compile(self) -> None:
+        """Have the decode step (and the prefill, if asked) compiled or captured as the compiler group says."""
 
     def generate(self, prompt: list[int], new_tokens: int, *, seed: int, inspect: bool = False) -> Generation:
         """`new_tokens` tokens after `prompt`, EOS ignored.
@@ -33,3 +54,29 @@ class Engine(Protocol):
 
     def forward(self, tokens: list[int]) -> Any:
         """Logits (len(tokens), vocabulary) of one teacher-forced pass, as the engine's prefill computes them."""
+
+    def graphs(self) -> Graphs | None:
+        """CUDA graphs so far; None where the compiler is not asked for any."""
+
+    def marking(self, mark: Mark) -> AbstractContextManager[None]:
+        """While it is open, each launch of decode steps happens inside a `mark(tokens)`; the prefill does not."""
+
+
+def make(config: LbiConfig, model: Any, slots: int) -> Engine:
+    """The engine of a cell. `model` is already quantized; `slots` is the length of a static cache, in tokens."""
+    from lbi.engines.hf import HfEngine
+
+    return HfEngine(model, config, slots)
+
+
+def plain_engine(engine: EngineConfig) -> EngineConfig:
+    """transformers' generate() on the same device: what the others are compared with."""
+    return replace(engine, name="hf", kind="hf")
+
+
+def steps_to_look_at(engine: Engine, launches: int, new_tokens: int) -> int:
+    """Decode steps of `launches` launches, at most those of `new_tokens` tokens.
+
+    Whole launches, or all of the workload's: an engine has captured graphs for no other number of steps.
+    """
+    return min(launches * engine.tokens_at_once, new_tokens - 1)

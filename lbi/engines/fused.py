@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from lbi.config import LbiConfig
 from lbi.engines import Generation
+from lbi.engines.clock import Clock
 from lbi.engines.fused_weights import give_back, matrix_of, refusal
-from lbi.engines.hf import TokenClock
 from lbi.errors import InputError, Unsupported
 from lbi.kernels.decode_torch import Shape, TorchSteps, rotate, times
 from lbi.kernels.formats import Packed, interleaved, stacked
@@ -181,7 +181,7 @@ class FusedEngine:
             raise InputError("workload.prompt", "", "is empty", "A prompt has at least one token")
         if len(prompt) + new_tokens > self.slots:
             raise InputError("cache.max_len", self.slots, f"is too short for {len(prompt)} + {new_tokens} tokens")
-        llama, clock, kept = self.llama, TokenClock(self.config.engine.device), []
+        llama, clock, kept = self.llama, Clock(self.config.engine.device), []
         steps = llama.steps
         with torch.no_grad():
             if llama.device.type == "cuda":

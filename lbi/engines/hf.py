@@ -8,7 +8,8 @@ off and the decode step is compiled here, from the compiler group alone.
 from __future__ import annotations
 
 import functools
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,40 +17,21 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from lbi.config import LbiConfig
 from lbi.cuda_graphs import GraphedForward
-from lbi.engines import Generation
+from lbi.engines import Generation, Graphs, Mark
+from lbi.engines.cache import describe_cache
+from lbi.engines.clock import Clock
 from lbi.metrics import Timing
 
 
 class TokenClock(LogitsProcessor):  # type: ignore[misc]
-    """Notes when the logits of each new token are there, without making the host wait.
+    """Notes when the logits of each new token are there."""
 
-    On CUDA an event is recorded on the stream and read after the call; on a CPU the
-    call itself is the moment.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-        self.marks: list[Any] = []
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.mark()
+        self.clock.mark()
         return scores
-
-    def mark(self) -> None:
-        """Note the present moment of the device."""
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """Seconds of each mark after the first one."""
-        if not self.cuda:
-            return [mark - self.marks[0] for mark in self.marks]
-        torch.cuda.synchronize()
-        return [self.marks[0].elapsed_time(mark) / 1e3 for mark in self.marks]
 
 
 class LogitsKeeper(LogitsProcessor):  # type: ignore[misc]
@@ -65,6 +47,8 @@ class LogitsKeeper(LogitsProcessor):  # type: ignore[misc]
 
 class HfEngine:
     """engine=hf. `model` is already quantized; `slots` is the length of a static cache, in tokens."""
+
+    tokens_at_once = 1
 
     def __init__(self, model: Any, config: LbiConfig, slots: int) -> None:
         self.model, self.config, self.slots = model, config, slots
@@ -98,8 +82,8 @@ class HfEngine:
     def generate(self, prompt: list[int], new_tokens: int, *, seed: int, inspect: bool = False) -> Generation:
         """See `Engine.generate`."""
         ids = torch.tensor([prompt], device=self.device)
-        clock, keeper = TokenClock(self.device), LogitsKeeper()
-        processors = LogitsProcessorList([keeper, clock] if inspect else [clock])
+        clock, keeper = Clock(self.device), LogitsKeeper()
+        processors = LogitsProcessorList([keeper, TokenClock(clock)] if inspect else [TokenClock(clock)])
         settings = self._settings(new_tokens, inspect)
         given = {} if self.graphed is None else {"past_key_values": self._same_cache()}
         torch.manual_seed(seed)
@@ -139,6 +123,34 @@ class HfEngine:
             output = self.model(torch.tensor([tokens], device=self.device), use_cache=False)
         return output.logits[0]  # type: ignore[no-any-return]
 
+    def graphs(self) -> Graphs | None:
+        """See `Engine.graphs`."""
+        return None if self.graphed is None else Graphs(self.graphed.graphs, self.graphed.replays)
+
+    @contextmanager
+    def marking(self, mark: Mark) -> Iterator[None]:
+        """See `Engine.marking`. Every forward pass but the first, which is the prefill, is a decode step."""
+        plain, calls = self.model.forward, 0
+
+        @functools.wraps(plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                return plain(*args, **kwargs)
+            with mark(1):
+                return plain(*args, **kwargs)
+
+        # Where compile() has put a compiled forward, it must be there again afterwards.
+        own = self.model.__dict__.get("forward")
+        self.model.forward = forward
+        try:
+            yield
+        finally:
+            del self.model.forward
+            if own is not None:
+                self.model.forward = own
+
     def _settings(self, new_tokens: int, inspect: bool) -> GenerationConfig:
         decoding, cache = self.config.decoding, self.config.cache
         sampling: dict[str, Any] = {"do_sample": False}
@@ -162,17 +174,3 @@ class HfEngine:
             **sampling,
             **static,
         )
-
-
-def describe_cache(cache: Any) -> dict[str, Any]:
-    """Class, slots, type and storage of a transformers cache, read from its tensors."""
-    layers = [layer for layer in getattr(cache, "layers", []) if getattr(layer, "keys", None) is not None]
-    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-    return {
-        "class": type(cache).__name__,
-        "layer_class": type(layers[0]).__name__ if layers else None,
-        "dtype": str(tensors[0].dtype).removeprefix("torch.") if tensors else None,
-        "slots": int(tensors[0].shape[-2]) if tensors else 0,
-        "bytes": sum(tensor.untyped_storage().nbytes() for tensor in tensors),
-        "bytes_per_slot": sum(tensor.numel() * tensor.element_size() // tensor.shape[-2] for tensor in tensors),
-    }
