@@ -44,10 +44,15 @@ class EngineConfig:
     """What turns a prompt into tokens."""
 
     name: str = knob("name shown in tables")
-    kind: Literal["hf"] = knob("hf: transformers' generate()")
+    kind: Literal["hf", "loop"] = knob("hf: transformers' generate(); loop: our own decode loop, all on the device")
     device: Literal["auto", "cpu", "cuda"] = knob("auto takes the GPU if there is one")
     threads: int | None = knob("CPU threads of one run; null takes every core the process may use", default=None, low=1)
     attention: Literal["sdpa", "eager"] = knob("attention implementation asked of transformers")
+    tokens_per_graph: int = knob(
+        "loop with cudagraph: tokens that one replay makes; all of them are known, and timed, at its end",
+        default=1,
+        low=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

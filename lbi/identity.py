@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lbi.config import IDENTITY, LbiConfig, ModelConfig, QuantizerConfig
+from lbi.config import IDENTITY, EngineConfig, LbiConfig, ModelConfig, QuantizerConfig
 from lbi.model_files import ModelFacts
 from lbi.quantizers.options import content
 from lbi.typed import plain
@@ -48,6 +48,14 @@ def canonical_quantizer(quantizer: QuantizerConfig) -> str:
     return canonical(content(quantizer))
 
 
+def canonical_engine(engine: EngineConfig) -> str:
+    """The engine section by what its kind reads: a knob that came with another kind leaves older runs their ids."""
+    known = plain(engine)
+    if engine.kind == "hf":
+        del known["tokens_per_graph"]
+    return canonical(known)
+
+
 def run_id(sections: Mapping[str, str]) -> str:
     """12 hex digits over the `canonical` text of each section in `IDENTITY`."""
     text = "\n".join(f"{name}:{sections[name]}" for name in sorted(IDENTITY))
@@ -59,6 +67,7 @@ def run_id_of(config: LbiConfig, facts: ModelFacts) -> str:
     made = {name: canonical(plain(getattr(config, name))) for name in IDENTITY}
     made["model"] = canonical_model(config.model, facts)
     made["quantizer"] = canonical_quantizer(config.quantizer)
+    made["engine"] = canonical_engine(config.engine)
     return run_id(made)
 
 

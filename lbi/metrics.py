@@ -68,7 +68,10 @@ WITH_ERROR = ("mean_kld", "top1_agreement", "ppl_ratio")
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One generation. Times in seconds on one clock; `tokens[i]` is when new token i was known."""
+    """One generation. Times in seconds on one clock; `tokens[i]` is when new token i was known.
+
+    Tokens that one launch made were known together, at its end.
+    """
 
     start: float
     tokens: tuple[float, ...]

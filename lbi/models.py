@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from lbi.config import EngineConfig, ModelConfig
-from lbi.errors import Unsupported
+from lbi.errors import InputError, Unsupported
 from lbi.model_files import ModelFacts, inspect
 from lbi.places import cache_folder
 from lbi.quantizers.loaders import stored_format
@@ -163,7 +163,9 @@ def read_text(name: str) -> str:
 
 
 def fit_tokens(tokens: list[int], wanted: int | None) -> list[int]:
-    """Cut or repeat `tokens` to `wanted`; all of them where `wanted` is None."""
+    """Cut or repeat `tokens` to `wanted`; all of them where `wanted` is None. Raises `InputError` for none at all."""
+    if not tokens:
+        raise InputError("workload.prompt", None, "has no tokens", "Give a text of at least one token")
     if wanted is None:
         return tokens
     return (tokens * (wanted // len(tokens) + 1))[:wanted]

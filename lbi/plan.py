@@ -130,6 +130,8 @@ class _Sections:
                 text = identity.canonical_model(section, self.facts(section))
             elif group == "quantizer":
                 text = identity.canonical_quantizer(section)
+            elif group == "engine":
+                text = identity.canonical_engine(section)
             else:
                 text = identity.canonical(plain(section))
             self._canonical[key] = (section, text)

@@ -107,6 +107,17 @@ def unused_knob(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str |
                 return f"decoding.{name} is for sampling; {decoding.name} is greedy"
     if config.cache.kind == "dynamic" and config.cache.max_len is not None:
         return "cache.max_len is for a static cache; a dynamic one grows as needed"
+    return _unused_engine_knob(config)
+
+
+def _unused_engine_knob(config: LbiConfig) -> str | None:
+    engine, compiler = config.engine, config.compiler
+    if engine.tokens_per_graph == 1:
+        return None
+    if engine.kind != "loop":
+        return f"engine.tokens_per_graph is for engine=loop; {engine.name} launches one token at a time"
+    if compiler.backend != "cudagraph":
+        return f"engine.tokens_per_graph is for compiler=cudagraph; {compiler.name} launches one token at a time"
     return None
 
 
@@ -282,6 +293,30 @@ def static_shapes_need_static_cache(config: LbiConfig, facts: ModelFacts, machin
     return None
 
 
+@rule("lbi/engines/loop.py: a step is a function over tensors that never move, and a dynamic cache moves at every step")
+def loop_needs_static_cache(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.engine.kind == "loop" and config.cache.kind != "static":
+        return "engine=loop works on keys and values that stay where they are: use cache=static"
+    return None
+
+
+@rule(
+    "transformers 5.23.0, modeling_rope_utils.py: dynamic_frequency_update branches on the host at every step; "
+    "Phi-3's generate() computes the whole cache anew where longrope changes its factors, a loop over steps does not"
+)
+def loop_needs_fixed_rope(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.engine.kind != "loop":
+        return None
+    arch = facts.arch or {}
+    rope = arch.get("rope_parameters") or arch.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    short = rope.get("original_max_position_embeddings") or arch.get("original_max_position_embeddings")
+    needed = (config.workload.prompt_tokens or 0) + config.workload.new_tokens
+    if kind == "dynamic" or (kind == "longrope" and short and needed > short):
+        return f"the model's rope type {kind} changes with the length of the text, engine=loop does not: use engine=hf"
+    return None
+
+
 @rule("torch 2.13.0: cudagraphs are skipped without a CUDA device, so the mode equals mode=default")
 def cuda_graphs_need_cuda(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     if config.compiler.backend == "cudagraph" and machine.device != "cuda":
@@ -352,5 +387,11 @@ def wrapped_layers_have_graph_breaks(config: LbiConfig, facts: ModelFacts, machi
     return None
 
 
-AT_LOADING = (hardware_fits, custom_function_is_there, stored_weights_fit, wrapped_layers_have_graph_breaks)
+AT_LOADING = (
+    hardware_fits,
+    custom_function_is_there,
+    stored_weights_fit,
+    wrapped_layers_have_graph_breaks,
+    loop_needs_fixed_rope,
+)
 """Rules that a run asks again before it loads: the plan may not have known the GPU, or a hub id's config.json."""

@@ -96,6 +96,9 @@ def test_every_option_lists_every_knob_that_it_reads(option: Path) -> None:
     elif group == "decoding":
         knobs = {"temperature", "top_k", "top_p", "seed"} if content["kind"] == "sampling" else set()
         assert listed == {"name", "kind"} | knobs
+    elif group == "engine":
+        knobs = {"tokens_per_graph"} if content["kind"] == "loop" else set()
+        assert listed == {"name", "kind", "device", "threads", "attention"} | knobs
     elif group == "cache":
         assert listed == {"name", "kind"} | ({"max_len"} if content["kind"] == "static" else set())
     else:

@@ -64,6 +64,10 @@ class Engine(Protocol):
 
 def make(config: LbiConfig, model: Any, slots: int) -> Engine:
     """The engine of a cell. `model` is already quantized; `slots` is the length of a static cache, in tokens."""
+    if config.engine.kind == "loop":
+        from lbi.engines.loop import LoopEngine
+
+        return LoopEngine(model, config, slots)
     from lbi.engines.hf import HfEngine
 
     return HfEngine(model, config, slots)
@@ -71,7 +75,7 @@ def make(config: LbiConfig, model: Any, slots: int) -> Engine:
 
 def plain_engine(engine: EngineConfig) -> EngineConfig:
     """transformers' generate() on the same device: what the others are compared with."""
-    return replace(engine, name="hf", kind="hf")
+    return replace(engine, name="hf", kind="hf", tokens_per_graph=1)
 
 
 def steps_to_look_at(engine: Engine, launches: int, new_tokens: int) -> int:

@@ -1,0 +1,247 @@
+"""engine=loop: a decode loop of our own over any causal LM of transformers.
+
+generate() goes back to the host after each token: it asks whether all sequences are finished,
+and prepares the next step's inputs in Python. Here a step is one function over tensors that
+never move: forward pass, keys and values appended, choice of the token, and the token fed
+back. So a whole step, or several, is one CUDA graph or one compiled graph, and from the first
+token to the last the host waits for nothing.
+
+Attention gets the mask that transformers makes for a static cache: on the device, from the
+cache's own counter, once a step for all layers of a kind. No mask of padding is handed in, of which
+the host would have to ask whether it hides anything.
+
+EOS is not looked at: workloads ignore it (`Engine.generate`), and a look every n steps would
+be a wait whose use no number of lbi could show.
+"""
+
+from __future__ import annotations
+
+import inspect as signatures
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from lbi.config import LbiConfig
+from lbi.cuda_graphs import GraphedCall, require_device_counters
+from lbi.engines import Generation, Graphs, Mark
+from lbi.engines.cache import LoopCache, describe_cache
+from lbi.engines.clock import Clock
+from lbi.engines.sampling import Choose, chooser
+from lbi.errors import InputError
+from lbi.metrics import Timing
+
+Steps = Callable[[], list[torch.Tensor]]
+"""Runs some decode steps. Returns the logits of each, (1, vocabulary), float32, good until it is called again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """All that one step hands to the next. No tensor is ever replaced, for graphs hold their addresses.
+
+    `token` (1, 1) is fed next, at `position` (1,), counted from 0. `tokens` (slots + 1,) has every
+    token at its position; the last one is never fed, so it may lie beyond the last slot. `noise`
+    (1, vocabulary), float32, is drawn anew for each token; None where nothing is sampled.
+    """
+
+    cache: LoopCache
+    token: torch.Tensor
+    position: torch.Tensor
+    tokens: torch.Tensor
+    noise: torch.Tensor | None
+
+    def reset(self) -> None:
+        """Back to before the first token."""
+        self.cache.reset()
+        self.position.zero_()
+
+    def draw(self) -> None:
+        """New noise for the next token."""
+        if self.noise is not None:
+            self.noise.exponential_()
+
+
+class LoopEngine:
+    """engine=loop. `model` is already quantized; `slots` is the length of the cache, in tokens."""
+
+    def __init__(self, model: Any, config: LbiConfig, slots: int) -> None:
+        if config.cache.kind != "static":
+            raise InputError("cache", config.cache.name, "moves its keys and values", "engine=loop needs cache=static")
+        self.model, self.config, self.slots = model, config, slots
+        self.device = config.engine.device
+        self.tokens_at_once = config.engine.tokens_per_graph
+        self._choose, self._names = chooser(config.decoding), takes(model)
+        self._step = decode_step(model, self._choose, self._names)
+        self._forward: Callable[..., Any] = model
+        self._graphed: dict[int, GraphedCall] | None = None
+        self._own: Buffers | None = None
+        self._mark: Mark = lambda tokens: nullcontext()
+
+    def compile(self) -> None:
+        """See `Engine.compile`. CUDA graphs are captured by the first call that needs them, before its timed region."""
+        from lbi.compilers import compile_function, compile_linears
+
+        compiler = self.config.compiler
+        if compiler.backend == "cudagraph":
+            if compiler.linears:
+                compile_linears(self.model, compiler)
+            self._graphed = {}
+            return
+        self._step = compile_function(self._step, compiler)
+        if compiler.prefill:
+            self._forward = compile_function(self.model.forward, compiler)
+
+    def generate(self, prompt: list[int], new_tokens: int, *, seed: int, inspect: bool = False) -> Generation:
+        """See `Engine.generate`. A token's time is the end of the launch that made it."""
+        self._check(prompt, new_tokens)
+        whole, rest = divmod(new_tokens - 1, self.tokens_at_once)
+        launches = [self.tokens_at_once] * whole + [rest] * (rest > 0)
+        clock = Clock(self.device)
+        with torch.no_grad():
+            buffers, steps = self._ready(set(launches))
+            ids = torch.tensor([prompt], device=self.device)
+            torch.manual_seed(seed)
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            clock.mark()
+            logits = [self._prefill(ids, buffers)]
+            clock.mark()
+            for count in launches:
+                with self._mark(count):
+                    found = steps[count]()
+                clock.mark()
+                if inspect:
+                    logits += [one.to("cpu", copy=True) for one in found]
+            clock.mark()
+        start, *marks, end = clock.seconds()
+        times = tuple(at for at, count in zip(marks, [1, *launches], strict=True) for _ in range(count))
+        timing = Timing(start, times, end, len(prompt))
+        tokens = buffers.tokens[len(prompt) : len(prompt) + new_tokens].tolist()
+        if not inspect:
+            return Generation(tokens, timing)
+        return Generation(tokens, timing, torch.cat([one.cpu() for one in logits]), describe_cache(buffers.cache))
+
+    def forward(self, tokens: list[int]) -> torch.Tensor:
+        """See `Engine.forward`."""
+        with torch.no_grad():
+            output = self._forward(input_ids=torch.tensor([tokens], device=self.device), use_cache=False)
+        return output.logits[0]  # type: ignore[no-any-return]
+
+    def graphs(self) -> Graphs | None:
+        """See `Engine.graphs`."""
+        if self._graphed is None:
+            return None
+        return Graphs(len(self._graphed), sum(graph.replays for graph in self._graphed.values()))
+
+    @contextmanager
+    def marking(self, mark: Mark) -> Iterator[None]:
+        """See `Engine.marking`."""
+        before, self._mark = self._mark, mark
+        try:
+            yield
+        finally:
+            self._mark = before
+
+    def _check(self, prompt: list[int], new_tokens: int) -> None:
+        """Refuse what would write beyond a tensor's end: on a GPU that ends the process, not the call."""
+        if not prompt:
+            raise InputError("workload.prompt", None, "has no tokens", "Give a text of at least one token")
+        if new_tokens < 1:
+            raise InputError("workload.new_tokens", new_tokens, "must be at least 1")
+        needed = len(prompt) + new_tokens - 1
+        if self.slots < needed:
+            raise InputError(
+                "cache.max_len",
+                self.slots,
+                f"is too short for a prompt of {len(prompt)} and {new_tokens} new tokens",
+                f"Set it to {needed} or more, or to null for what the workload needs",
+            )
+
+    def _ready(self, counts: set[int]) -> tuple[Buffers, dict[int, Steps]]:
+        """Empty buffers, and what runs each number of steps. Captures the graphs that are not there yet."""
+        if self._own is None:
+            self._own = self._allocate()
+        buffers = self._own
+        steps: dict[int, Steps] = {count: partial(self._run, count, buffers) for count in counts}
+        if self._graphed is not None:
+            require_device_counters(buffers.cache)
+            for count in counts - self._graphed.keys():
+                buffers.reset()
+                self._graphed[count] = GraphedCall(steps[count], buffers.reset)
+            steps |= {count: self._graphed[count] for count in counts}
+        buffers.reset()
+        return buffers, steps
+
+    def _allocate(self) -> Buffers:
+        cache = LoopCache(config=self.model.config, max_cache_len=self.slots)
+        token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        position = torch.zeros(1, dtype=torch.long, device=self.device)
+        tokens = torch.zeros(self.slots + 1, dtype=torch.long, device=self.device)
+        # One token through the model allocates every layer's slots, which a compiled prefill must not do.
+        logits = self.model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        noise = torch.empty_like(logits) if self.config.decoding.kind == "sampling" else None
+        for tensor in (token, position, tokens, *([] if noise is None else [noise])):
+            # Without this inductor's own CUDA graphs (mode=reduce-overhead) refuse inputs that are written to.
+            torch._dynamo.mark_static_address(tensor)
+        return Buffers(cache, token, position, tokens, noise)
+
+    def _prefill(self, ids: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+        """Feed the prompt (1, tokens) and choose the first new token; its logits, (1, vocabulary)."""
+        length = ids.shape[1]
+        buffers.cache.empty = True
+        positions = torch.arange(length, device=self.device)[None]
+        logits = last_logits(self._forward, ids, positions, buffers.cache, self._names)
+        buffers.cache.empty = False
+        buffers.position.fill_(length - 1)
+        buffers.draw()
+        keep(self._choose(logits, buffers.noise), buffers.token, buffers.position, buffers.tokens)
+        return logits
+
+    def _run(self, count: int, buffers: Buffers) -> list[torch.Tensor]:
+        """`count` decode steps; see `Steps`."""
+        logits = []
+        for _ in range(count):
+            buffers.draw()
+            logits.append(self._step(buffers.token, buffers.position, buffers.tokens, buffers.noise, buffers.cache))
+        return logits
+
+
+def decode_step(model: Any, choose: Choose, names: frozenset[str]) -> Callable[..., torch.Tensor]:
+    """The decode step. All that it reads and writes are its arguments, so that a compiler sees them.
+
+    `names` is what `takes` says of the model.
+    """
+
+    def step(
+        token: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor | None, cache: LoopCache
+    ) -> torch.Tensor:
+        logits = last_logits(model, token, position[None], cache, names)
+        keep(choose(logits, noise), token, position, tokens)
+        return logits
+
+    return step
+
+
+def last_logits(
+    forward: Callable[..., Any], ids: torch.Tensor, positions: torch.Tensor, cache: LoopCache, names: frozenset[str]
+) -> torch.Tensor:
+    """Feed `ids` (1, n) at `positions` (1, n); the last one's logits, (1, vocabulary), float32."""
+    known: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
+    given = {name: value for name, value in known.items() if name in names}
+    logits: torch.Tensor = forward(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits
+    return logits[:, -1].float()
+
+
+def keep(chosen: torch.Tensor, token: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Feed the token `chosen` (1,) next, and note it at its position."""
+    token.copy_(chosen[:, None])
+    position.add_(1)
+    tokens.index_copy_(0, position, chosen)
+
+
+def takes(model: Any) -> frozenset[str]:
+    """Arguments of the model's forward. Without `position_ids` it asks the cache's counter."""
+    return frozenset(signatures.signature(type(model).forward).parameters)
