@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbi import identity, rules, steps
 from lbi.compilers import counters
 from lbi.config import DecodingConfig, LbiConfig
 from lbi.cuda_graphs import require_device_counters
 from lbi.decode_trace import MARK, Kernel, Step, read_steps, take
-from lbi.engines import Engine, make, plain_engine
+from lbi.engines import Engine, Graphs, make, plain_engine
 from lbi.engines.sampling import chooser, probabilities
 from lbi.errors import InputError, Unsupported
 from lbi.kernels_seen import summary
@@ -227,6 +228,68 @@ def test_the_whole_step_is_one_compiled_graph(config: Callable[..., LbiConfig], 
     after = counters()
     assert (after["graphs"] - before["graphs"], after["graph_breaks"] - before["graph_breaks"]) == (1, 0)
     assert compiled.graphs() is None
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that run while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["gqa3-80", "gqa4-96-llama3", "no-rope"])
+def test_no_number_of_the_device_is_asked_for(config: Callable[..., LbiConfig], name: str) -> None:
+    """On a CPU nothing waits, but what would is an operator there as well."""
+    cell = config("decoding=sampling", "decoding.top_p=0.9", arch=SHAPES[name])
+    model = load(cell.model, cell.engine).model
+    asking = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "multinomial"}
+    with Operators() as generate:
+        by_generate(cell, model, slots=32).generate([1, 2, 3], 4, seed=0)
+    assert generate.seen & asking
+    engine = make(cell, model, slots=32)
+    engine.generate([1, 2, 3], 4, seed=0)
+    with Operators() as loop:
+        engine.generate([1, 2, 3], 4, seed=0)
+    assert "exponential_" in loop.seen
+    assert not loop.seen & asking
+
+
+def test_graphs_are_captured_before_the_prompt_and_by_number_of_steps(
+    config: Callable[..., LbiConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for a CUDA graph, which warms up, captures and restores as one does."""
+    captured: list[int] = []
+
+    class Graph:
+        def __init__(self, call: Callable[[], Any], restore: Callable[[], None]) -> None:
+            self.call, self.replays = call, 0
+            for _ in range(4):
+                captured.append(len(call()))
+                restore()
+
+        def __call__(self) -> Any:
+            self.replays += 1
+            return self.call()
+
+    monkeypatch.setattr("lbi.engines.loop.GraphedCall", Graph)
+    cells = [config(f"compiler={name}", "engine.tokens_per_graph=3") for name in ("eager", "cudagraph")]
+    model = load(cells[0].model, cells[0].engine).model
+    plain, graphed = (make(cell, model, slots=14) for cell in cells)
+    graphed.compile()
+    for prompt, new in (([1, 2, 3], 12), ([4, 5], 8), ([1, 2, 3], 12)):
+        wanted = plain.generate(prompt, new, seed=0)
+        assert graphed.generate(prompt, new, seed=0).tokens == wanted.tokens
+    # 11 steps are three launches of three and one of two, 7 are two of three and one of one.
+    assert captured == [2] * 4 + [3] * 4 + [1] * 4
+    assert graphed.graphs() == Graphs(captured=3, replays=4 + 3 + 4)
+    record = Record(Path(), Phases(Path()))
+    steps._note_compiled(cells[1], graphed, record)
+    assert record.effective["compiler"] == {"cuda_graphs": 3, "replays": 11, "tokens_per_graph": 3}
 
 
 def test_wrong_calls_are_refused_before_any_work(config: Callable[..., LbiConfig]) -> None:

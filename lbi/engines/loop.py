@@ -168,7 +168,7 @@ class LoopEngine:
         steps: dict[int, Steps] = {count: partial(self._run, count, buffers) for count in counts}
         if self._graphed is not None:
             require_device_counters(buffers.cache)
-            for count in counts - self._graphed.keys():
+            for count in sorted(counts - self._graphed.keys()):
                 buffers.reset()
                 self._graphed[count] = GraphedCall(steps[count], buffers.reset)
             steps |= {count: self._graphed[count] for count in counts}
