@@ -44,12 +44,14 @@ class EngineConfig:
     """What turns a prompt into tokens."""
 
     name: str = knob("name shown in tables")
-    kind: Literal["hf", "loop"] = knob("hf: transformers' generate(); loop: our own decode loop, all on the device")
+    kind: Literal["hf", "loop", "fused"] = knob(
+        "hf: transformers' generate(); loop: our own decode loop, all on the device; fused: our own Llama in it"
+    )
     device: Literal["auto", "cpu", "cuda"] = knob("auto takes the GPU if there is one")
     threads: int | None = knob("CPU threads of one run; null takes every core the process may use", default=None, low=1)
     attention: Literal["sdpa", "eager"] = knob("attention implementation asked of transformers")
     tokens_per_graph: int = knob(
-        "loop with cudagraph: tokens that one replay makes; all of them are known, and timed, at its end",
+        "loop and fused with cudagraph: tokens that one replay makes; all of them are known, and timed, at its end",
         default=1,
         low=1,
     )

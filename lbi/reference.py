@@ -42,11 +42,13 @@ def folders(store: Path, config: LbiConfig, env_id: str) -> dict[str, Path]:
         "env": env_id,
     }
     text = common | {"quality": identity.canonical(plain(config.quality))}
-    # What the teacher-forced pass of a cell depends on beside the reference: its weights, and
-    # the compiler only where that has the prefill too.
+    # What the teacher-forced pass of a cell depends on beside the reference: its weights,
+    # the engine only where it is another model, and the compiler only where that has the prefill too.
     own = {"quantizer": identity.canonical_quantizer(config.quantizer)}
     if config.quantizer.family == "checkpoint":
         own["weights"] = identity.canonical_model(config.model, inspect(config.model))
+    if config.engine.kind == "fused":
+        own["engine"] = "fused"
     if config.compiler.prefill:
         own["compiler"] = identity.canonical(plain(config.compiler))
     keys = {

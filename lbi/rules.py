@@ -114,8 +114,8 @@ def _unused_engine_knob(config: LbiConfig) -> str | None:
     engine, compiler = config.engine, config.compiler
     if engine.tokens_per_graph == 1:
         return None
-    if engine.kind != "loop":
-        return f"engine.tokens_per_graph is for engine=loop; {engine.name} launches one token at a time"
+    if engine.kind == "hf":
+        return f"engine.tokens_per_graph is for engine=loop and fused; {engine.name} launches one token at a time"
     if compiler.backend != "cudagraph":
         return f"engine.tokens_per_graph is for compiler=cudagraph; {compiler.name} launches one token at a time"
     return None
@@ -293,10 +293,27 @@ def static_shapes_need_static_cache(config: LbiConfig, facts: ModelFacts, machin
     return None
 
 
-@rule("lbi/engines/loop.py: a step is a function over tensors that never move, and a dynamic cache moves at every step")
+@rule("lbi/engines: a step is a function over tensors that never move, and a dynamic cache moves at every step")
 def loop_needs_static_cache(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
-    if config.engine.kind == "loop" and config.cache.kind != "static":
-        return "engine=loop works on keys and values that stay where they are: use cache=static"
+    kind = config.engine.kind
+    if kind in ("loop", "fused") and config.cache.kind != "static":
+        return f"engine={kind} works on keys and values that stay where they are: use cache=static"
+    return None
+
+
+@rule("lbi/engines/fused_weights.py: the layers, models and shapes whose weights it takes apart")
+def fused_reads_it(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.engine.kind != "fused":
+        return None
+    way_out = "engine=loop runs it"
+    others = {part.family for part in (config.quantizer, *parts(config.quantizer))} - {"none", "native", "mix"}
+    if others:
+        return f"engine=fused multiplies by its own kernels, which cannot read layers of {min(others)}; {way_out}"
+    if config.compiler.backend == "inductor" or config.compiler.linears:
+        return f"engine=fused has its own kernels, {config.compiler.name} has nothing to compile: eager or cudagraph"
+    kind = (facts.arch or {}).get("model_type", "llama")
+    if kind not in ("llama", "mistral"):
+        return f"engine=fused is a Llama, and the model is a {kind}; {way_out}"
     return None
 
 

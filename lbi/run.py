@@ -81,8 +81,9 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
         )
     layers = steps.quantize(config, loaded.model, sample, tuning, record, phases)
     steps.check_one_row(config, loaded.model, layers, len(prompt), record, phases)
-    engine = make(config, loaded.model, slots)
     check = steps.plain_path(config, loaded.model, prompt, phases)
+    # Made after it: engine=fused turns the model's layers into views of its own matrices.
+    engine = make(config, loaded.model, slots)
     steps.warm_up(config, engine, prompt, record, phases)
     steps.keep_tuning(layers, tuning)
     tokens = steps.measure(config, engine, prompt, record, phases)

@@ -182,8 +182,8 @@ def _note_compiled(config: LbiConfig, engine: Engine, record: Record) -> None:
 
 
 def _check_cache(config: LbiConfig, cache: dict[str, Any]) -> None:
-    wanted = {"dynamic": "DynamicCache", "static": "StaticCache"}[config.cache.kind]
-    if cache["class"] != wanted:
+    wanted = {"dynamic": ("DynamicCache",), "static": ("StaticCache", "FusedCache")}[config.cache.kind]
+    if cache["class"] not in wanted:
         raise NotApplied(f"cache={config.cache.name} was asked for and transformers used a {cache['class']}")
 
 
@@ -275,8 +275,9 @@ def place_on_roofline(
 ) -> None:
     """Bytes a token, and how near decode and prefill are to what the device can do."""
     cache, metrics = record.effective["cache"], record.metrics
-    # A static cache is read to its end at every step; a dynamic one as far as it has grown.
-    depth = cache["slots"] if config.cache.kind == "static" else prompt_tokens + config.workload.new_tokens / 2
+    # transformers reads a static cache to its end at every step; others are read as far as the text has come.
+    whole = config.cache.kind == "static" and cache.get("reads") != "live"
+    depth = cache["slots"] if whole else prompt_tokens + config.workload.new_tokens / 2
     bytes_per_token = roofline.bytes_per_token(model, layers, cache["bytes_per_slot"] * depth)
     metrics["bytes_per_token"] = bytes_per_token
     with phases("roofline"):
@@ -313,7 +314,8 @@ def score(
         record.missing["mean_kld"] = no_reference
     else:
         with phases("quality"):
-            is_reference = config.quantizer.family == "none" and not config.compiler.prefill
+            own_pass = config.compiler.prefill or config.engine.kind == "fused"
+            is_reference = config.quantizer.family == "none" and not own_pass
             forward = None if is_reference else engine.forward
             # What autoquant chose rests on times, and may be another choice in another cell of the same setting.
             target = None if config.quantizer.family == "autoquant" else folders["quality"]

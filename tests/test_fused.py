@@ -16,7 +16,11 @@ from lbi.engines.fused import FusedEngine
 from lbi.errors import InputError, Unsupported
 from lbi.quantizers import audit
 
-CONFIG: Any = SimpleNamespace(engine=SimpleNamespace(device="cpu"))
+CONFIG: Any = SimpleNamespace(
+    engine=SimpleNamespace(device="cpu", tokens_per_graph=1),
+    cache=SimpleNamespace(kind="static", name="static"),
+    decoding=SimpleNamespace(kind="greedy"),
+)
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -146,10 +150,10 @@ def test_foreign_layers_are_refused_by_name() -> None:
 
 def test_prompts_that_cannot_be_are_refused_before_any_work() -> None:
     engine = FusedEngine(llama(), CONFIG, slots=16)
-    with pytest.raises(InputError, match="is empty"):
+    with pytest.raises(InputError, match="has no tokens"):
         engine.generate([], 4, seed=0)
-    with pytest.raises(InputError, match=r"cache\.max_len=16: is too short for 13 \+ 4 tokens"):
-        engine.generate(list(range(13)), 4, seed=0)
+    with pytest.raises(InputError, match=r"cache\.max_len=16: is too short for a prompt of 14 and 4 new tokens"):
+        engine.generate(list(range(14)), 4, seed=0)
 
 
 def test_the_kernels_do_what_their_torch_reference_does() -> None:

@@ -68,6 +68,10 @@ def make(config: LbiConfig, model: Any, slots: int) -> Engine:
         from lbi.engines.loop import LoopEngine
 
         return LoopEngine(model, config, slots)
+    if config.engine.kind == "fused":
+        from lbi.engines.fused import FusedEngine
+
+        return FusedEngine(model, config, slots)
     from lbi.engines.hf import HfEngine
 
     return HfEngine(model, config, slots)

@@ -1,222 +1,156 @@
-"""engine=fused: a Llama of our own, whole in this file, made for one token at a time.
+"""engine=fused: the loop around a Llama of our own (fused_llama.py), which decides what is captured and timed.
 
-It takes the weights of a loaded and quantized Hugging Face model and puts together what is read
-together: q, k and v are one matrix, gate and up another, their rows in turn. A decode step is five
-kernels a layer (lbi/kernels/decode.py; the same in torch on a CPU), and nothing in it waits for the
-host: the token is chosen, embedded and counted on the device. Attention reads as far as the text
-has come, not to the end of the cache.
+Like engine=loop it keeps every token on the device and waits for nothing between the first and the
+last. Its kernels are its own, so there is nothing to compile: `compiler=eager` launches them one by
+one, `cudagraph` replays a step, or `engine.tokens_per_graph` of them, as one CUDA graph.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from lbi.config import LbiConfig
-from lbi.engines import Generation
+from lbi.cuda_graphs import GraphedCall
+from lbi.engines import Generation, Graphs, Mark
 from lbi.engines.clock import Clock
-from lbi.engines.fused_weights import give_back, matrix_of, refusal
-from lbi.errors import InputError, Unsupported
-from lbi.kernels.decode_torch import Shape, TorchSteps, rotate, times
-from lbi.kernels.formats import Packed, interleaved, stacked
+from lbi.engines.fused_llama import Llama
+from lbi.engines.sampling import chooser
+from lbi.errors import InputError
 from lbi.metrics import Timing
 
-WAY_OUT = "engine=loop runs any model of transformers with any quantizer"
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One block: four matrices, the gains of its two norms, its part of the cache, (kv heads, slots, width) each."""
-
-    qkv: Packed
-    out: Packed
-    gate_up: Packed
-    down: Packed
-    attention_gain: torch.Tensor
-    mlp_gain: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
-class Llama:
-    """Llama 2 to 3.2, SmolLM2, TinyLlama, Mistral: what transformers calls `llama`, or `mistral` without a window."""
-
-    def __init__(self, model: Any, slots: int) -> None:
-        config = model.config
-        self.shape = Shape(
-            hidden=config.hidden_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            slots=slots,
-            eps=config.rms_norm_eps,
-        )
-        why = refusal(model, self.shape, slots)
-        if why is not None:
-            raise Unsupported(f"engine=fused: {why}; {WAY_OUT}")
-        self.dtype, self.device = model.model.norm.weight.dtype, model.model.norm.weight.device
-        self.layers = [self._layer(block) for block in model.model.layers]
-        self.gain = model.model.norm.weight.detach()
-        self.table: Any = model.model.embed_tokens
-        self.head = matrix_of(model.lm_head)
-        angles = torch.arange(slots + 1, device=self.device)[:, None] * model.model.rotary_emb.inv_freq.float()
-        scaling = model.model.rotary_emb.attention_scaling
-        self.cos, self.sin = angles.cos() * scaling, angles.sin() * scaling
-        self.steps: Any = self._operations()
-
-    def step(self) -> torch.Tensor:
-        """The token at the position goes through the model, the likeliest next one is put behind it; the logits."""
-        steps, layers = self.steps, self.layers
-        steps.embed(self.table.weight.detach(), getattr(self.table, "scale", None), layers[0].attention_gain)
-        for index, layer in enumerate(layers):
-            qkv = steps.norm_product(layer.qkv)
-            mixed = steps.attention(qkv, self.cos, self.sin, layer.keys, layer.values)
-            steps.product_add(layer.out, mixed, layer.mlp_gain)
-            act = steps.norm_product_swiglu(layer.gate_up)
-            following = layers[index + 1].attention_gain if index + 1 < len(layers) else self.gain
-            steps.product_add(layer.down, act, following)
-        logits: torch.Tensor = steps.head(self.head)
-        steps.next_token()
-        return logits
-
-    def prefill(self, tokens: torch.Tensor, *, keep: bool = True) -> torch.Tensor:
-        """The stream behind the last block for (T,) tokens, (T, hidden) float32. `keep`: fill the cache from slot 0."""
-        stream = self.table(tokens).float()
-        shape, count = self.shape, tokens.shape[0]
-        cos, sin = self._angles(count)
-        sizes = [shape.heads * shape.width, shape.kv_heads * shape.width, shape.kv_heads * shape.width]
-        for layer in self.layers:
-            qkv = product(self._normed(stream, layer.attention_gain), layer.qkv)
-            q, k, v = (part.view(count, -1, shape.width).transpose(0, 1) for part in qkv.split(sizes, dim=1))
-            q, k = rotate(q, cos, sin).to(self.dtype), rotate(k, cos, sin).to(self.dtype)
-            if keep:
-                layer.keys[:, :count], layer.values[:, :count] = k, v
-            mixed = F.scaled_dot_product_attention(
-                q[None], k[None], v[None], is_causal=True, enable_gqa=shape.heads != shape.kv_heads
-            )
-            stream = stream + product(mixed[0].transpose(0, 1).reshape(count, -1), layer.out)
-            gate, up = product(self._normed(stream, layer.mlp_gain), layer.gate_up).view(count, -1, 2).unbind(2)
-            stream = stream + product(F.silu(gate) * up, layer.down)
-        return stream
-
-    def logits(self, stream: torch.Tensor) -> torch.Tensor:
-        """(..., vocabulary) float32 of a stream (..., hidden)."""
-        return product(self._normed(stream, self.gain), self.head).float()
-
-    def _normed(self, stream: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-        return (F.rms_norm(stream, stream.shape[-1:], eps=self.shape.eps) * gain).to(self.dtype)
-
-    def _angles(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cos[:count], self.sin[:count]
-
-    def _layer(self, block: Any) -> Layer:
-        attention, mlp, shape = block.self_attn, block.mlp, self.shape
-        qkv = stacked([matrix_of(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)])
-        gate_up = interleaved(matrix_of(mlp.gate_proj), matrix_of(mlp.up_proj))
-        # The model's own layers become views, so that no weight is in memory twice.
-        begin = 0
-        for part in (attention.q_proj, attention.k_proj, attention.v_proj):
-            rows = slice(begin, begin := begin + part.out_features)
-            give_back(part, qkv, rows)
-        for part, rows in ((mlp.gate_proj, slice(0, None, 2)), (mlp.up_proj, slice(1, None, 2))):
-            give_back(part, gate_up, rows)
-        cache = torch.zeros(2, shape.kv_heads, shape.slots, shape.width, device=self.device, dtype=self.dtype)
-        return Layer(
-            qkv,
-            matrix_of(attention.o_proj),
-            gate_up,
-            matrix_of(mlp.down_proj),
-            block.input_layernorm.weight.detach(),
-            block.post_attention_layernorm.weight.detach(),
-            cache[0],
-            cache[1],
-        )
-
-    def _operations(self) -> Any:
-        if self.device.type != "cuda":
-            return TorchSteps(self.shape, self.device, self.dtype)
-        from lbi.kernels.decode import TritonSteps
-
-        return TritonSteps(self.shape, self.device, self.dtype)
-
-
-def product(x: torch.Tensor, matrix: Packed) -> torch.Tensor:
-    """(T, rows): the matrix times `x`, (T, inputs), by the kernel for that many tokens."""
-    if not x.is_cuda:
-        return times(matrix, x)
-    from lbi.kernels.gemv import MOST_ROWS, dequantized, matmul_small
-
-    return matmul_small(x, matrix) if x.shape[0] <= MOST_ROWS else F.linear(x, dequantized(matrix, x.dtype))
+Steps = Callable[[], list[torch.Tensor]]
+"""Runs some decode steps. Returns the logits of each, (1, vocabulary), float32, good until it is called again."""
 
 
 class FusedEngine:
-    """engine=fused. `model` is already quantized; `slots` is the length of the cache, in tokens."""
+    """engine=fused. `model` is already quantized; `slots` is the length of the cache, in tokens.
+
+    Raises `Unsupported` where the model or a layer of it cannot be read.
+    """
 
     def __init__(self, model: Any, config: LbiConfig, slots: int) -> None:
-        self.config, self.slots = config, slots
+        if config.cache.kind != "static":
+            raise InputError("cache", config.cache.name, "moves its keys and values", "engine=fused needs cache=static")
+        self.config, self.slots, self.device = config, slots, config.engine.device
         self.llama = Llama(model, slots)
-        self.graph: Any = None
-        self.replays = 0
+        self.tokens_at_once = config.engine.tokens_per_graph
+        self._choose = None if config.decoding.kind == "greedy" else chooser(config.decoding)
+        vocabulary = (1, self.llama.head.rows)
+        self._noise = torch.empty(vocabulary, device=self.llama.device) if self._choose is not None else None
+        self._graphed: dict[int, GraphedCall] | None = None
+        self._mark: Mark = lambda tokens: nullcontext()
 
     def compile(self) -> None:
-        """Capture a decode step, or as many as `engine.tokens_per_graph` says, as one CUDA graph."""
-        steps = self.llama.steps
-        steps.position.zero_()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(side):
-            for _ in range(3):
-                self.llama.step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
-            self._logits = self.llama.step()
+        """See `Engine.compile`. Graphs are captured by the first call that needs them, before its timed region."""
+        self._graphed = {}
 
     def generate(self, prompt: list[int], new_tokens: int, *, seed: int, inspect: bool = False) -> Generation:
-        """See `Engine.generate`."""
-        if not prompt:
-            raise InputError("workload.prompt", "", "is empty", "A prompt has at least one token")
-        if len(prompt) + new_tokens > self.slots:
-            raise InputError("cache.max_len", self.slots, f"is too short for {len(prompt)} + {new_tokens} tokens")
-        llama, clock, kept = self.llama, Clock(self.config.engine.device), []
-        steps = llama.steps
+        """See `Engine.generate`. A token's time is the end of the launch that made it."""
+        self._check(prompt, new_tokens)
+        whole, rest = divmod(new_tokens - 1, self.tokens_at_once)
+        launches = [self.tokens_at_once] * whole + [rest] * (rest > 0)
+        clock = Clock(self.device)
         with torch.no_grad():
-            if llama.device.type == "cuda":
+            steps = self._ready(set(launches))
+            ids = torch.tensor(prompt, device=self.llama.device)
+            torch.manual_seed(seed)
+            if self.device == "cuda":
                 torch.cuda.synchronize()
             clock.mark()
-            ids = torch.tensor(prompt, device=llama.device)
-            logits = llama.logits(llama.prefill(ids)[-1:])[0]
-            steps.tokens[: len(prompt)] = ids
-            steps.tokens[len(prompt)] = logits.argmax()
-            steps.position.fill_(len(prompt))
+            logits = [self._prefill(ids)]
             clock.mark()
-            if inspect:
-                kept.append(logits.to("cpu", torch.float32, copy=True))
-            for _ in range(new_tokens - 1):
-                logits = self._step()
+            for count in launches:
+                with self._mark(count):
+                    found = steps[count]()
                 clock.mark()
                 if inspect:
-                    kept.append(logits.to("cpu", torch.float32, copy=True))
-            tokens = steps.tokens[len(prompt) : len(prompt) + new_tokens].tolist()
+                    logits += [one.to("cpu", copy=True) for one in found]
             clock.mark()
-        start, *times_, end = clock.seconds()
-        timing = Timing(start, tuple(times_), end, len(prompt))
-        return (
-            Generation(tokens, timing, torch.stack(kept), self.describe_cache())
-            if inspect
-            else Generation(tokens, timing)
-        )
+        start, *marks, end = clock.seconds()
+        times = tuple(at for at, count in zip(marks, [1, *launches], strict=True) for _ in range(count))
+        timing = Timing(start, times, end, len(prompt))
+        tokens = self.llama.steps.tokens[len(prompt) : len(prompt) + new_tokens].tolist()
+        if not inspect:
+            return Generation(tokens, timing)
+        return Generation(tokens, timing, torch.cat([one.cpu() for one in logits]), self._describe_cache())
 
     def forward(self, tokens: list[int]) -> torch.Tensor:
         """See `Engine.forward`."""
         with torch.no_grad():
             return self.llama.logits(self.llama.prefill(torch.tensor(tokens, device=self.llama.device), keep=False))
 
-    def describe_cache(self) -> dict[str, Any]:
-        """Class, slots, type and storage of the cache; `reads`: as far as the text has come."""
+    def graphs(self) -> Graphs | None:
+        """See `Engine.graphs`."""
+        if self._graphed is None:
+            return None
+        return Graphs(len(self._graphed), sum(graph.replays for graph in self._graphed.values()))
+
+    @contextmanager
+    def marking(self, mark: Mark) -> Iterator[None]:
+        """See `Engine.marking`."""
+        before, self._mark = self._mark, mark
+        try:
+            yield
+        finally:
+            self._mark = before
+
+    def _check(self, prompt: list[int], new_tokens: int) -> None:
+        """Refuse what would write beyond a tensor's end: on a GPU that ends the process, not the call."""
+        if not prompt:
+            raise InputError("workload.prompt", None, "has no tokens", "Give a text of at least one token")
+        if new_tokens < 1:
+            raise InputError("workload.new_tokens", new_tokens, "must be at least 1")
+        needed = len(prompt) + new_tokens - 1
+        if self.slots < needed:
+            raise InputError(
+                "cache.max_len",
+                self.slots,
+                f"is too short for a prompt of {len(prompt)} and {new_tokens} new tokens",
+                f"Set it to {needed} or more, or to null for what the workload needs",
+            )
+
+    def _ready(self, counts: set[int]) -> dict[int, Steps]:
+        """What runs each number of steps. Captures the graphs that are not there yet."""
+        steps: dict[int, Steps] = {count: partial(self._run, count) for count in counts}
+        if self._graphed is None:
+            return steps
+        for count in sorted(counts - self._graphed.keys()):
+            self._reset()
+            self._graphed[count] = GraphedCall(steps[count], self._reset)
+        return {count: self._graphed[count] for count in counts}
+
+    def _reset(self) -> None:
+        self.llama.steps.position.zero_()
+
+    def _prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        """Feed the prompt (tokens,) and choose the first new token; its logits, (1, vocabulary)."""
+        llama, count = self.llama, ids.shape[0]
+        logits = llama.logits(llama.prefill(ids)[-1:])
+        llama.steps.tokens[:count] = ids
+        llama.steps.position.fill_(count - 1)
+        llama.steps.put(self._chosen(logits))
+        return logits
+
+    def _chosen(self, logits: torch.Tensor) -> torch.Tensor:
+        if self._choose is None or self._noise is None:
+            return logits.argmax(-1)
+        return self._choose(logits, self._noise.exponential_())
+
+    def _run(self, count: int) -> list[torch.Tensor]:
+        """`count` decode steps; see `Steps`."""
+        logits = []
+        for turn in range(count):
+            noise = None if self._noise is None else self._noise.exponential_()
+            logits.append(self.llama.step(self._choose, noise, turn))
+        return logits
+
+    def _describe_cache(self) -> dict[str, Any]:
+        """Class, slots, type and storage of the cache, and that a step reads it as far as the text has come."""
         layer, shape = self.llama.layers[0], self.llama.shape
         per_slot = 2 * len(self.llama.layers) * shape.kv_heads * shape.width * layer.keys.element_size()
         return {
@@ -228,10 +162,3 @@ class FusedEngine:
             "bytes_per_slot": per_slot,
             "reads": "live",
         }
-
-    def _step(self) -> torch.Tensor:
-        if self.graph is None:
-            return self.llama.step()
-        self.graph.replay()
-        self.replays += 1
-        return self._logits

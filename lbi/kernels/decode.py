@@ -94,9 +94,12 @@ class TritonSteps:
         )  # fmt: skip
         return out
 
-    def head(self, matrix: Packed) -> torch.Tensor:
-        """(vocabulary,) float32 logits of the normed stream; where they are largest is noted for `next_token`."""
-        logits = self._buffer("logits", matrix.rows, torch.float32)
+    def head(self, matrix: Packed, turn: int = 0) -> torch.Tensor:
+        """(vocabulary,) float32 logits of the normed stream; where they are largest is noted for `next_token`.
+
+        Steps of one CUDA graph have turns of their own, so that none overwrites another's logits.
+        """
+        logits = self._buffer(f"logits {turn}", matrix.rows, torch.float32)
         best = self._buffer("best", matrix.rows, torch.float32)
         self._norm_product(device.head, matrix, (logits, best, self._buffer("where", matrix.rows, torch.int32)))
         self._candidates = _tiling(matrix)[1]
@@ -108,6 +111,11 @@ class TritonSteps:
         device.next_token[(1,)](
             best, where, self.tokens, self.position, 0, PARTS=self._candidates, BLOCK=ARGMAX_BLOCK, **self._launch(8)
         )
+
+    def put(self, token: torch.Tensor) -> None:
+        """`token`, (1,), is put behind the last one, and the position moves on to it."""
+        self.position.add_(1)
+        self.tokens.index_copy_(0, self.position.long(), token)
 
     def _norm_product(self, kernel: Any, matrix: Packed, outputs: tuple[torch.Tensor, ...]) -> None:
         cut, programs, warps = _tiling(matrix)

@@ -68,15 +68,19 @@ class TorchSteps:
         )
         return mixed.reshape(-1).to(self.dtype)
 
-    def head(self, matrix: Packed) -> torch.Tensor:
+    def head(self, matrix: Packed, turn: int = 0) -> torch.Tensor:
         """See `TritonSteps.head`."""
         self.logits = self.norm_product(matrix)
         return self.logits
 
     def next_token(self) -> None:
         """See `TritonSteps.next_token`."""
-        self.position += 1
-        self.tokens[self.position] = self.logits.argmax()
+        self.put(self.logits.argmax(keepdim=True))
+
+    def put(self, token: torch.Tensor) -> None:
+        """See `TritonSteps.put`."""
+        self.position.add_(1)
+        self.tokens.index_copy_(0, self.position.long(), token)
 
     def _flow(self, values: torch.Tensor, gain: torch.Tensor) -> None:
         self.values = values

@@ -1,0 +1,156 @@
+"""The model of engine=fused: a Llama of our own, whole in this file, made for one token at a time.
+
+It takes the weights of a loaded and quantized Hugging Face model and puts together what is read
+together: q, k and v are one matrix, gate and up another, their rows in turn. A decode step is five
+kernels a layer (lbi/kernels/decode.py; the same in torch on a CPU), and nothing in it waits for the
+host: the token is chosen, embedded and counted on the device. Attention reads as far as the text
+has come, not to the end of the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from lbi.engines.fused_weights import give_back, matrix_of, refusal
+from lbi.engines.sampling import Choose
+from lbi.errors import Unsupported
+from lbi.kernels.decode_torch import Shape, TorchSteps, rotate, times
+from lbi.kernels.formats import Packed, interleaved, stacked
+
+WAY_OUT = "engine=loop runs any model of transformers with any quantizer"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block: four matrices, the gains of its two norms, its part of the cache, (kv heads, slots, width) each."""
+
+    qkv: Packed
+    out: Packed
+    gate_up: Packed
+    down: Packed
+    attention_gain: torch.Tensor
+    mlp_gain: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class Llama:
+    """Llama 2 to 3.2, SmolLM2, TinyLlama, Mistral: what transformers calls `llama`, or `mistral` without a window."""
+
+    def __init__(self, model: Any, slots: int) -> None:
+        config = model.config
+        self.shape = Shape(
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            slots=slots,
+            eps=config.rms_norm_eps,
+        )
+        why = refusal(model, self.shape, slots)
+        if why is not None:
+            raise Unsupported(f"engine=fused: {why}; {WAY_OUT}")
+        self.dtype, self.device = model.model.norm.weight.dtype, model.model.norm.weight.device
+        self.layers = [self._layer(block) for block in model.model.layers]
+        self.gain = model.model.norm.weight.detach()
+        self.table: Any = model.model.embed_tokens
+        self.head = matrix_of(model.lm_head)
+        angles = torch.arange(slots + 1, device=self.device)[:, None] * model.model.rotary_emb.inv_freq.float()
+        scaling = model.model.rotary_emb.attention_scaling
+        self.cos, self.sin = angles.cos() * scaling, angles.sin() * scaling
+        self.steps: Any = self._operations()
+
+    def step(self, choose: Choose | None = None, noise: torch.Tensor | None = None, turn: int = 0) -> torch.Tensor:
+        """The token at the position goes through the model, and the next one is put behind it.
+
+        `choose` takes it from the logits, with `noise`; None takes the likeliest. Returns the logits,
+        (1, vocabulary) float32, in memory that belongs to the `turn`.
+        """
+        steps, layers = self.steps, self.layers
+        steps.embed(self.table.weight.detach(), getattr(self.table, "scale", None), layers[0].attention_gain)
+        for index, layer in enumerate(layers):
+            qkv = steps.norm_product(layer.qkv)
+            mixed = steps.attention(qkv, self.cos, self.sin, layer.keys, layer.values)
+            steps.product_add(layer.out, mixed, layer.mlp_gain)
+            act = steps.norm_product_swiglu(layer.gate_up)
+            following = layers[index + 1].attention_gain if index + 1 < len(layers) else self.gain
+            steps.product_add(layer.down, act, following)
+        logits: torch.Tensor = steps.head(self.head, turn)[None]
+        if choose is None:
+            steps.next_token()
+        else:
+            steps.put(choose(logits, noise))
+        return logits
+
+    def prefill(self, tokens: torch.Tensor, *, keep: bool = True) -> torch.Tensor:
+        """The stream behind the last block for (T,) tokens, (T, hidden) float32. `keep`: fill the cache from slot 0."""
+        stream = self.table(tokens).float()
+        shape, count = self.shape, tokens.shape[0]
+        cos, sin = self._angles(count)
+        sizes = [shape.heads * shape.width, shape.kv_heads * shape.width, shape.kv_heads * shape.width]
+        for layer in self.layers:
+            qkv = product(self._normed(stream, layer.attention_gain), layer.qkv)
+            q, k, v = (part.view(count, -1, shape.width).transpose(0, 1) for part in qkv.split(sizes, dim=1))
+            q, k = rotate(q, cos, sin).to(self.dtype), rotate(k, cos, sin).to(self.dtype)
+            if keep:
+                layer.keys[:, :count], layer.values[:, :count] = k, v
+            mixed = F.scaled_dot_product_attention(
+                q[None], k[None], v[None], is_causal=True, enable_gqa=shape.heads != shape.kv_heads
+            )
+            stream = stream + product(mixed[0].transpose(0, 1).reshape(count, -1), layer.out)
+            gate, up = product(self._normed(stream, layer.mlp_gain), layer.gate_up).view(count, -1, 2).unbind(2)
+            stream = stream + product(F.silu(gate) * up, layer.down)
+        return stream
+
+    def logits(self, stream: torch.Tensor) -> torch.Tensor:
+        """(..., vocabulary) float32 of a stream (..., hidden)."""
+        return product(self._normed(stream, self.gain), self.head).float()
+
+    def _normed(self, stream: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return (F.rms_norm(stream, stream.shape[-1:], eps=self.shape.eps) * gain).to(self.dtype)
+
+    def _angles(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cos[:count], self.sin[:count]
+
+    def _layer(self, block: Any) -> Layer:
+        attention, mlp, shape = block.self_attn, block.mlp, self.shape
+        qkv = stacked([matrix_of(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)])
+        gate_up = interleaved(matrix_of(mlp.gate_proj), matrix_of(mlp.up_proj))
+        # The model's own layers become views, so that no weight is in memory twice.
+        begin = 0
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj):
+            rows = slice(begin, begin := begin + part.out_features)
+            give_back(part, qkv, rows)
+        for part, rows in ((mlp.gate_proj, slice(0, None, 2)), (mlp.up_proj, slice(1, None, 2))):
+            give_back(part, gate_up, rows)
+        cache = torch.zeros(2, shape.kv_heads, shape.slots, shape.width, device=self.device, dtype=self.dtype)
+        return Layer(
+            qkv,
+            matrix_of(attention.o_proj),
+            gate_up,
+            matrix_of(mlp.down_proj),
+            block.input_layernorm.weight.detach(),
+            block.post_attention_layernorm.weight.detach(),
+            cache[0],
+            cache[1],
+        )
+
+    def _operations(self) -> Any:
+        if self.device.type != "cuda":
+            return TorchSteps(self.shape, self.device, self.dtype)
+        from lbi.kernels.decode import TritonSteps
+
+        return TritonSteps(self.shape, self.device, self.dtype)
+
+
+def product(x: torch.Tensor, matrix: Packed) -> torch.Tensor:
+    """(T, rows): the matrix times `x`, (T, inputs), by the kernel for that many tokens."""
+    if not x.is_cuda:
+        return times(matrix, x)
+    from lbi.kernels.gemv import MOST_ROWS, dequantized, matmul_small
+
+    return matmul_small(x, matrix) if x.shape[0] <= MOST_ROWS else F.linear(x, dequantized(matrix, x.dtype))
