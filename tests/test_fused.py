@@ -106,6 +106,12 @@ def test_the_model_itself_still_works_and_shares_every_weight() -> None:
     assert {matrix.untyped_storage().data_ptr() for matrix in held} <= storages
 
 
+def test_quality_is_scored_on_texts_longer_than_the_cache() -> None:
+    model, text = llama(), torch.randint(0, 517, (100,)).tolist()
+    logits = model(torch.tensor([text])).logits[0]
+    assert off(FusedEngine(model, CONFIG, slots=16).forward(text), logits) < 1e-5
+
+
 def test_bfloat16_parts_from_hugging_face_by_no_more_than_rounding() -> None:
     torch.manual_seed(5)
     model = llama(dtype=torch.bfloat16)

@@ -59,9 +59,8 @@ class Llama:
         self.gain = model.model.norm.weight.detach()
         self.table: Any = model.model.embed_tokens
         self.head = matrix_of(model.lm_head)
-        angles = torch.arange(slots + 1, device=self.device)[:, None] * model.model.rotary_emb.inv_freq.float()
-        scaling = model.model.rotary_emb.attention_scaling
-        self.cos, self.sin = angles.cos() * scaling, angles.sin() * scaling
+        self._rotary: Any = model.model.rotary_emb
+        self.cos, self.sin = self._angles(slots + 1)
         self.steps: Any = self._operations()
 
     def step(self, choose: Choose | None = None, noise: torch.Tensor | None = None, turn: int = 0) -> torch.Tensor:
@@ -114,7 +113,9 @@ class Llama:
         return (F.rms_norm(stream, stream.shape[-1:], eps=self.shape.eps) * gain).to(self.dtype)
 
     def _angles(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cos[:count], self.sin[:count]
+        """Cosines and sines of the first `count` positions, (count, width / 2) float32."""
+        angles = torch.arange(count, device=self.device)[:, None] * self._rotary.inv_freq.float()
+        return angles.cos() * self._rotary.attention_scaling, angles.sin() * self._rotary.attention_scaling
 
     def _layer(self, block: Any) -> Layer:
         attention, mlp, shape = block.self_attn, block.mlp, self.shape
