@@ -84,6 +84,7 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     check = steps.plain_path(config, loaded.model, prompt, phases)
     # Made after it: engine=fused turns the model's layers into views of its own matrices.
     engine = make(config, loaded.model, slots)
+    layers = steps.read_again(config, loaded.model, layers)
     steps.warm_up(config, engine, prompt, record, phases)
     steps.keep_tuning(layers, tuning)
     tokens = steps.measure(config, engine, prompt, record, phases)

@@ -105,6 +105,15 @@ def quantize(
     return layers
 
 
+def read_again(config: LbiConfig, model: Any, layers: list[audit.Layer]) -> list[audit.Layer]:
+    """The layers as the engine has left them: what was read before would keep weights that were moved."""
+    if config.engine.kind != "fused":
+        return layers
+    found = audit.read_layers(model, frozenset(layer.name for layer in layers))
+    gc.collect()
+    return found
+
+
 def check_one_row(
     config: LbiConfig, model: Any, layers: list[audit.Layer], rows: int, record: Record, phases: Phases
 ) -> None:
