@@ -69,7 +69,8 @@ def optimize(
             found, error = _rounds(rows[block].float().contiguous(), flat_scale[block], flat_zero[block], min_max)
             zeros.append(found)
             errors += error
-        chosen = torch.cat(zeros, dim=1)[_stop(errors)].reshape(zero.shape)
+        # A copy: the zeros of the other rounds would be kept along with it.
+        chosen = torch.cat(zeros, dim=1)[_stop(errors)].reshape(zero.shape).clone()
         stored = torch.round(tensor * scale + chosen).clamp_(*min_max)
     return stored, scale, chosen
 
