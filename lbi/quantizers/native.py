@@ -1,8 +1,8 @@
 """lbi's own formats and kernels: weight-only at 8, 4 and 2 bits, e4m3 and ternary.
 
 Rows are stored so that a GPU streams them in 16-byte loads and widens them in registers
-(lbi/kernels), and the fused engine takes the same storage. On a CPU torch unpacks whole
-weights at every call: good for quality and size, useless for speed, and the audit says so.
+(lbi/kernels). On a CPU torch unpacks whole weights at every call: good for quality and size,
+useless for speed, and the audit says so.
 """
 
 from __future__ import annotations
