@@ -1,8 +1,6 @@
 """Compiles the Triton kernels for GPUs that are not here, as their launches would, and prints how each went.
 
-The interpreter runs kernels as Python and takes what the compiler refuses. Nothing is launched:
-Triton is told of a GPU, and every launch stops at the compiled kernel. A program of its own,
-for what it puts in the place of Triton's driver is for the whole process.
+A program of its own: lbi.kernels.compile_only is for a whole process.
 """
 
 from __future__ import annotations
@@ -13,10 +11,8 @@ from typing import Any
 import torch
 import triton
 from packed_cases import FORMS, random_matrix
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
+from lbi.kernels.compile_only import compile_only, compiled
 from lbi.kernels.gemv import gemv, matmul_small
 from lbi.kernels.tiles import Tile
 
@@ -24,34 +20,9 @@ SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 """Bytes of shared memory that a program may have, by compute capability."""
 
 
-class Absent:
-    """As much of a GPU as compiling for it takes."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        # Triton keeps the target that it found for a device.
-        return self.capability
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
-launch = JITFunction.run
-made: list[Any] = []
-
-
-def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
-    made.append(launch(self, *args, grid=grid, warmup=True, **named))
-
-
 def attempt(name: str, capability: int, dtype: torch.dtype) -> dict[str, Any]:
     """One form for one GPU: what went wrong, or None."""
-    made.clear()
+    compiled.clear()
     matrix = random_matrix(FORMS[name], 64, 512, dtype)
     x, bias = torch.randn(5, 512).to(dtype), torch.randn(64).to(dtype)
     found = {"form": name, "capability": capability, "dtype": str(dtype), "problem": None}
@@ -61,7 +32,7 @@ def attempt(name: str, capability: int, dtype: torch.dtype) -> dict[str, Any]:
         matmul_small(x, matrix, bias)
     except triton.CompilationError as problem:
         return {**found, "problem": str(problem)[-300:]}
-    shared = max(kernel.metadata.shared for kernel in made)
+    shared = max(kernel.metadata.shared for kernel in compiled)
     if shared > SHARED[capability]:
         found["problem"] = f"{shared} bytes of shared memory"
     return found
@@ -76,7 +47,6 @@ CASES = [
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    JITFunction.run = only_compile
     for capability, dtype, name in CASES:
-        driver.set_active(Absent(capability))
+        compile_only(capability)
         print(json.dumps(attempt(name, capability, dtype)), flush=True)
