@@ -347,6 +347,27 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     assert [row for row in found if row["problem"]] == []
 
 
+@needs_triton
+def test_the_benchmark_goes_its_whole_way_without_a_gpu(tmp_path: Path) -> None:
+    """It tunes, writes and reads tiles, and prints a table; what cannot be here are times that mean anything."""
+    given = ["--dry-run", "--tune", "--candidates", "1", "--forms", "w8,w4 g32", "--rows", "1,3", "--workers", "0"]
+    done = subprocess.run(
+        [sys.executable, str(HERE.parent / "benchmarks" / "gemv.py"), *given, "--json", "found.json"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "found.json").read_text())
+    kinds = [row["kind"] for row in rows]
+    assert (kinds.count("tuned"), kinds.count("linear"), kinds.count("product")) == (4, 4, 8)
+    assert all(row["error"] < 1e-5 for row in rows if row["kind"] == "product")
+    assert all(row["tuned"] for row in rows if row["kind"] == "product" and row["tokens"] == 1)
+
+
 def test_forms_and_formats_are_the_same_list() -> None:
     assert {form.format for form in FORMS.values()} == set(BITS)
     assert Form("w4").unit == 32
