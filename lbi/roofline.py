@@ -76,7 +76,7 @@ def measured_peaks(folder: Path, name: str, device: str, dtype: torch.dtype) -> 
     if known is None:
         known = {
             "schema": SCHEMA,
-            "read_bytes_per_s": _read_bandwidth(device),
+            "read_bytes_per_s": read_bandwidth(device),
             "matmul_flop_per_s": _matmul_peak(device, dtype),
             "threads": torch.get_num_threads(),
         }
@@ -97,8 +97,8 @@ def _best_seconds(work: Any, device: str, tries: int = 7) -> float:
     return best
 
 
-def _read_bandwidth(device: str) -> float:
-    """A sum over a buffer far larger than any cache: 1 GiB on a GPU, 512 MiB on a CPU."""
+def read_bandwidth(device: str) -> float:
+    """Bytes a second of a sum over a buffer far larger than any cache: 1 GiB on a GPU, 512 MiB on a CPU."""
     elements = (1 << 28) if device == "cuda" else (1 << 27)
     buffer = torch.ones(elements, dtype=torch.float32, device=device)
     return float(buffer.numel() * buffer.element_size()) / _best_seconds(buffer.sum, device)

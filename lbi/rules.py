@@ -17,7 +17,7 @@ from lbi import environment
 from lbi.config import LbiConfig, QuantizerConfig
 from lbi.kernels import rsr_index
 from lbi.model_files import ModelFacts
-from lbi.quantizers import loaders, method, target
+from lbi.quantizers import loaders, method, native, target
 from lbi.quantizers.options import parts
 
 
@@ -206,7 +206,7 @@ def gpu_is_there(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str 
 )
 def group_divides_rows(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     group = config.quantizer.group_size
-    by_row = config.quantizer.family in ("torchao", "gemlite") or config.quantizer.backend in (
+    by_row = config.quantizer.family in ("torchao", "gemlite", "native") or config.quantizer.backend in (
         "torchao_int4",
         "gemlite",
     )
@@ -256,6 +256,11 @@ def int4_forms(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | 
         if quantizer.qparams == "hqq":
             return "qparams=hqq is for quantizer.packing=tile_packed_to_4d"
     return None
+
+
+@rule("lbi/kernels/formats.py: a group is whole fours of words; HQQ moves zeros, and constant ones do not move")
+def native_forms(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    return native.no_such_form(config.quantizer) if config.quantizer.family == "native" else None
 
 
 @rule(

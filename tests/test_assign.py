@@ -44,7 +44,7 @@ def applied(model: Any, config: QuantizerConfig) -> dict[str, audit.Layer]:
     return {layer.name: layer for layer in layers}
 
 
-@pytest.mark.parametrize("name", ["int8_wo", "int4_wo", "hqq4", "bitnet", "fp8_wo"])
+@pytest.mark.parametrize("name", ["int8_wo", "int4_wo", "hqq4", "bitnet", "fp8_wo", "native_w2"])
 @pytest.mark.parametrize(("head", "bits"), [("keep", 16), ("int8", 8), ("same", None)])
 def test_the_lm_head_is_a_knob_of_every_family(name: str, head: str, bits: int | None) -> None:
     config = replace(option(name), lm_head=head)

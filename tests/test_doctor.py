@@ -29,6 +29,8 @@ def runs_on(plan: Callable[..., Plan], *overrides: str) -> dict[str, bool]:
         ("int4_wo", ["CPU", "sm_80", "sm_89", "sm_90", "sm_100"]),
         ("gemlite_a16w8_fp8", ["sm_89", "sm_90", "sm_100"]),
         ("gemlite_a16w4_nvfp", ["sm_100"]),
+        ("native_w4", ["CPU", "sm_80", "sm_89", "sm_90", "sm_100"]),
+        ("native_fp8", ["CPU", "sm_89", "sm_90", "sm_100"]),
     ],
 )
 def test_options_run_on_their_kinds_of_hardware(plan: Callable[..., Plan], option: str, kinds: list[str]) -> None:

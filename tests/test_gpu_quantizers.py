@@ -13,6 +13,7 @@ from lbi import rules
 from lbi.config import LbiConfig
 from lbi.model_files import ModelFacts
 from lbi.quantizers import assign, audit
+from lbi.quantizers.native_layers import NativeLinear
 from lbi.quantizers.options import option
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -41,6 +42,22 @@ VARIANTS = [
     "hqq1 backend=gemlite",
     "mx_sim bits=8",
 ]
+
+NATIVE = [
+    "native_w8",
+    "native_fp8",
+    "native_w4",
+    "native_w4 qparams=rtn",
+    "native_w4 qparams=rtn symmetric=true",
+    "native_w4 group_size=64",
+    "native_w4 group_size=32",
+    "native_w4 group_size=32 qparams=rtn symmetric=true",
+    "native_w4 group_size=null",
+    "native_w2",
+    "native_w2 group_size=128 qparams=rtn",
+    "native_w158",
+]
+VARIANTS += [name for name in NATIVE if name not in VARIANTS]
 
 
 LARGEST = {"gemlite_a8w4": 0.06}
@@ -89,3 +106,50 @@ def test_a_layers_output_is_its_stored_weights_product(
             assert error < LARGEST.get(name, 1e-2), f"{rows} rows: {error:.4f}"
         off = (weight - original).norm() / original.norm()
     assert 1e-4 < off < 1.0
+
+
+def native(name: str, inputs: int, outputs: int, dtype: torch.dtype, plan: object) -> NativeLinear:
+    """A layer of lbi's own; skips the test where the rules keep it from this GPU."""
+    made = plan("engine.device=cuda", f"model.dtype={str(dtype).removeprefix('torch.')}")  # type: ignore[operator]
+    reason = refused(name, made.cells[0].config)
+    if reason is not None:
+        pytest.skip(reason)
+    layer = torch.nn.Linear(inputs, outputs).to("cuda", dtype)
+    return NativeLinear.of(layer, option(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", NATIVE)
+def test_every_kernel_of_a_native_layer_is_the_product_of_what_is_stored(
+    name: str, dtype: torch.dtype, plan: object
+) -> None:
+    """One token, a few and many have kernels of their own; rows and inputs leave every tile a rest."""
+    layer = native(name, 1152 if "null" in name else 1280, 517, dtype, plan)
+    assert layer.kind == f"NativeLinear[{layer.format}]"
+    weight = layer.matrix().dequantize().double()
+    for rows in (1, 2, 5, 16, 17):
+        x = torch.randn(rows, layer.in_features, device="cuda").to(dtype)
+        y = layer(x)
+        expected = x.double() @ weight.T + layer.bias.double()
+        error = float((y.double() - expected).norm() / expected.norm())
+        # Rounding the output to bfloat16 is 1.65e-3 alone; several rows round the weights alike, for the tensor cores.
+        bound = 1e-4 if dtype == torch.float32 else 2e-3 if rows == 1 else 3.5e-3
+        assert error < bound, f"{rows} rows: {error:.2e}"
+        assert torch.equal(y, layer(x)), f"{rows} rows: the same inputs gave other bits"
+
+
+@pytest.mark.parametrize("name", ["native_w8", "native_w4", "native_w2"])
+def test_a_native_layer_can_be_captured_and_compiled(name: str, plan: object) -> None:
+    layer = native(name, 4096, 1024, torch.bfloat16, plan)
+    with torch.no_grad():
+        for rows in (1, 4):
+            x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+            expected = layer(x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = layer(x)
+            x.normal_()
+            graph.replay()
+            assert not torch.equal(captured, expected)
+            assert torch.equal(captured, layer(x))
+            assert torch.equal(torch.compile(layer, fullgraph=True)(x), captured)

@@ -52,7 +52,9 @@ def test_the_random_numbers_of_a_run_are_left_alone() -> None:
     assert torch.equal(torch.randn(4), expected)
 
 
-@pytest.mark.parametrize("name", ["none", "int8_wo", "int8_da", "int4_wo", "hqq4", "int8_pack", "bitnet", "rsr"])
+@pytest.mark.parametrize(
+    "name", ["none", "int8_wo", "int8_da", "int4_wo", "hqq4", "int8_pack", "bitnet", "rsr", "native_w4"]
+)
 def test_the_kernels_of_a_cpu_agree(name: str) -> None:
     model = torch.nn.ModuleDict({"layer": torch.nn.Linear(256, 192, bias=False)}).to(torch.bfloat16)
     assignment = assign.by_name(model, option(name))

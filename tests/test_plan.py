@@ -211,7 +211,15 @@ def test_each_rule_prunes_with_its_reason(plan: MakePlan, overrides: tuple[str, 
 
 @pytest.mark.parametrize(
     ("option", "least"),
-    [("fp8_da", 8.9), ("int4_wo", 8.0), ("gemlite_a16w4", 8.0), ("gemlite_a16w8_fp8", 8.9), ("mxfp8_da", 10.0)],
+    [
+        ("fp8_da", 8.9),
+        ("int4_wo", 8.0),
+        ("gemlite_a16w4", 8.0),
+        ("gemlite_a16w8_fp8", 8.9),
+        ("mxfp8_da", 10.0),
+        ("native_w4", 8.0),
+        ("native_fp8", 8.9),
+    ],
 )
 def test_a_gpu_too_old_is_told_what_would_be_needed(plan: MakePlan, option: str, least: float) -> None:
     config = only(plan(f"quantizer={option}", "engine.device=cuda", "sweep.prune=false")).config

@@ -76,6 +76,12 @@ OPTIONS = [
     ("mx_sim", {"bits": 8}, 8, 0.05),
     ("mx_sim", {"bits": 4}, 4, 0.25),
     ("nvfp4_wo", {}, 4, 0.15),
+    ("native_w8", {}, 8, 0.01),
+    ("native_fp8", {}, 8, 0.04),
+    ("native_w4", {"group_size": 64}, 4, 0.12),
+    ("native_w4", {"group_size": 32, "symmetric": True, "qparams": "rtn"}, 4, 0.12),
+    ("native_w2", {}, 2, 0.6),
+    ("native_w158", {}, 2, 0.6),
 ]
 
 
@@ -165,7 +171,7 @@ def test_quantizing_leaves_the_compilers_settings_alone() -> None:
     from lbi.compilers import CompilerState
 
     state = CompilerState.take()
-    for name in ("int8_wo", "int4_wo", "intx_sim", "hqq4"):
+    for name in ("int8_wo", "int4_wo", "intx_sim", "hqq4", "native_w2"):
         quantized(option(name))
         assert state.restore() == [], name
     import torch._inductor.config as inductor

@@ -18,7 +18,7 @@ from lbi.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-FAMILIES = ("custom", "checkpoint", "none", "aten", "torchao", "hqq", "gemlite", "ternary", "mix", "autoquant")
+FAMILIES = tuple("custom checkpoint none aten native torchao hqq gemlite ternary mix autoquant".split())
 """Family modules. The first that can read a layer is believed, so those that layers name themselves come first."""
 
 COMMON = frozenset({"lm_head", "embeddings", "skip"})
@@ -53,7 +53,8 @@ class Method:
     `bits` are the widths it can make; empty where the width is not a question.
     `simulated` says that the weights are stored wider than `bits`, for accuracy only;
     `activations` that inputs are quantized too, to this many bits. `kernels` is, by device,
-    a pattern of which a short trace of the decode step must show at least one match.
+    a pattern of which a short trace of the decode step must show at least one match. `unpacked_on`
+    names the devices where torch unpacks whole weights at every call, for want of a kernel.
     """
 
     apply: Callable[[torch.nn.Module, QuantizerConfig, frozenset[str]], None]
@@ -63,6 +64,7 @@ class Method:
     simulated: bool = False
     activations: int = 16
     kernels: Mapping[str, str] = field(default_factory=dict)
+    unpacked_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

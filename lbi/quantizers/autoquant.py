@@ -74,9 +74,10 @@ def choose(model: Any, config: LbiConfig, assignment: Assignment, sample: list[i
 
 
 def _candidates(config: LbiConfig) -> tuple[dict[str, QuantizerConfig], dict[str, str]]:
-    """The options that this machine can run, always with the plain weights, and why not the others."""
+    """The options worth trying on this machine, always with the plain weights, and why not the others."""
     from lbi import rules
     from lbi.model_files import inspect
+    from lbi.quantizers import method
 
     machine, facts = rules.Machine.here(config.engine.device), inspect(config.model)
     usable, refused = {"none": PLAIN}, {}
@@ -85,6 +86,9 @@ def _candidates(config: LbiConfig) -> tuple[dict[str, QuantizerConfig], dict[str
         found = rules.refuse(replace(config, quantizer=part), facts, machine)
         if found is not None:
             refused[text] = found[1]
+        elif machine.device in method(part).unpacked_on:
+            # Slower than plain weights by its making; rounding and timing it would cost seconds.
+            refused[text] = f"{part.name} has no kernel on {'a CPU' if machine.device == 'cpu' else 'a GPU'}"
         elif part.family != "none":
             usable[text] = part
     return usable, refused

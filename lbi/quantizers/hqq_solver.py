@@ -1,4 +1,4 @@
-"""HQQ's half-quadratic solver on a CPU, without the work that cannot change its answer.
+"""HQQ's half-quadratic solver, without the work that cannot change its answer: for hqq on a CPU, for ours anywhere.
 
 HQQ moves each group's zero point so that the weights' error has a small p-norm (p = 0.7),
 by 20 rounds over the whole matrix: quantize, shrink the error, average. On a CPU that took
@@ -27,8 +27,9 @@ import torch
 ROUNDS, BETA, NORM = 20, 10.0, 0.7
 """hqq's own settings (hqq.core.optimize.optimize_weights_proximal_legacy, whose beta stays as it is)."""
 
-BLOCK = 1 << 17
-"""Weights that go through all rounds at once: half a megabyte in float32."""
+BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""Weights that go through all rounds at once: half a megabyte in float32 on a CPU, for its cache; on a GPU
+so many that launches cost nothing, and no more than its memory has room for."""
 
 
 @contextmanager
@@ -60,7 +61,7 @@ def optimize(
     """
     rows = tensor if axis == 1 else tensor.t()
     flat_scale, flat_zero = scale.reshape(-1, 1).float(), zero.reshape(-1, 1).float()
-    step = max(1, BLOCK // rows.shape[1])
+    step = max(1, BLOCK[tensor.device.type] // rows.shape[1])
     zeros, errors = [], torch.zeros(ROUNDS, dtype=torch.float64)
     with torch.no_grad():
         for start in range(0, rows.shape[0], step):
@@ -68,7 +69,8 @@ def optimize(
             found, error = _rounds(rows[block].float().contiguous(), flat_scale[block], flat_zero[block], min_max)
             zeros.append(found)
             errors += error
-        chosen = torch.cat(zeros, dim=1)[_stop(errors)].reshape(zero.shape)
+        # A copy: the zeros of the other rounds would be kept along with it.
+        chosen = torch.cat(zeros, dim=1)[_stop(errors)].reshape(zero.shape).clone()
         stored = torch.round(tensor * scale + chosen).clamp_(*min_max)
     return stored, scale, chosen
 

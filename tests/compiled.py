@@ -1,0 +1,52 @@
+"""Compiles the Triton kernels for GPUs that are not here, as their launches would, and prints how each went.
+
+A program of its own: lbi.kernels.compile_only is for a whole process.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import triton
+from packed_cases import FORMS, random_matrix
+
+from lbi.kernels.compile_only import compile_only, compiled
+from lbi.kernels.gemv import gemv, matmul_small
+from lbi.kernels.tiles import Tile
+
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+"""Bytes of shared memory that a program may have, by compute capability."""
+
+
+def attempt(name: str, capability: int, dtype: torch.dtype) -> dict[str, Any]:
+    """One form for one GPU: what went wrong, or None."""
+    compiled.clear()
+    matrix = random_matrix(FORMS[name], 64, 512, dtype)
+    x, bias = torch.randn(5, 512).to(dtype), torch.randn(64).to(dtype)
+    found = {"form": name, "capability": capability, "dtype": str(dtype), "problem": None}
+    try:
+        gemv(x[0], matrix, bias, Tile(8, 16, 2, split=2))
+        gemv(x[0], matrix, None, Tile(16, 32, 1))
+        matmul_small(x, matrix, bias)
+    except triton.CompilationError as problem:
+        return {**found, "problem": str(problem)[-300:]}
+    shared = max(kernel.metadata.shared for kernel in compiled)
+    if shared > SHARED[capability]:
+        found["problem"] = f"{shared} bytes of shared memory"
+    return found
+
+
+CASES = [
+    *((80, torch.bfloat16, name) for name in ("plain", "w8", "w4 g32", "w4 row symmetric", "w2 g64", "w158")),
+    (89, torch.bfloat16, "fp8"),
+    # The most shared memory of all, where there is the least.
+    (89, torch.float32, "w2 g64"),
+]
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for capability, dtype, name in CASES:
+        compile_only(capability)
+        print(json.dumps(attempt(name, capability, dtype)), flush=True)
