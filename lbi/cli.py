@@ -97,7 +97,7 @@ def _hydra(arguments: Sequence[str]) -> int:
         raise InputError("hydra.mode", "RUN", "lbi plans every request as a sweep", "Leave hydra.mode alone")
 
     before = sys.argv
-    sys.argv = ["lbi", *arguments]
+    sys.argv = ["lbi", *in_each_cell(arguments)]
     # Hydra then raises what it finds wrong instead of printing it in its own words and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -111,6 +111,34 @@ def _hydra(arguments: Sequence[str]) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def in_each_cell(arguments: Sequence[str]) -> list[str]:
+    """The arguments, knobs of a swept group as sweeps of one value: `quantizer=a,b quantizer.lm_head=choice(same)`.
+
+    Hydra applies what is no sweep to the default option of each group first, which need not have the knob.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    parser, parsed = OverridesParser.create(), {}
+    for argument in arguments:
+        if "=" in argument and not argument.startswith(("-", "~")):
+            try:
+                parsed[argument] = parser.parse_override(argument)
+            except OverrideParseException:
+                # Hydra says what is wrong with it.
+                continue
+    swept = {override.key_or_group for override in parsed.values() if override.is_sweep_override()}
+    made = []
+    for argument in arguments:
+        override = parsed.get(argument)
+        of_swept = override is not None and override.key_or_group.split(".")[0] in swept
+        if override is not None and of_swept and "." in override.key_or_group and not override.is_sweep_override():
+            name, _, value = argument.partition("=")
+            argument = f"{name}=choice({value})"
+        made.append(argument)
+    return made
 
 
 def _reached_the_sweep(error: BaseException) -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from lbi.cli import in_each_cell
+
 ROOT = Path(__file__).parent.parent
 RunLbi = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -158,3 +160,25 @@ def test_version_and_wheel_data_agree() -> None:
     mapped = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     assert mapped == {"conf": "lbi/conf"}
     assert (ROOT / "conf" / "sweep").resolve() == ROOT / "sweeps"
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ("quantizer.lm_head=same", "quantizer.lm_head=choice(same)"),
+        ("quantizer.skip=[q_proj,k_proj]", "quantizer.skip=choice([q_proj,k_proj])"),
+        ("+quantizer.options={a: 1}", "+quantizer.options=choice({a: 1})"),
+        ("quantizer.group_size=32,64", "quantizer.group_size=32,64"),
+        ("workload.new_tokens=8", "workload.new_tokens=8"),
+        ("engine=hf", "engine=hf"),
+        ("~tracker", "~tracker"),
+    ],
+)
+def test_knobs_of_a_swept_group_are_set_in_each_cell(given: str, made: str) -> None:
+    assert in_each_cell(["-m", "quantizer=int8_wo,int4_wo", given]) == ["-m", "quantizer=int8_wo,int4_wo", made]
+
+
+def test_a_knob_that_the_default_option_lacks_can_be_set_for_swept_ones(run_lbi: Callable[..., Any]) -> None:
+    done = run_lbi("-m", "quantizer=int8_wo,int4_wo", "quantizer.lm_head=same", "sweep.dry_run=true")
+    assert done.returncode == 0, done.stderr
+    assert "2 cells, 2 RUN" in done.stdout

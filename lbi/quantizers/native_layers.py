@@ -36,6 +36,10 @@ class NativeLinear(torch.nn.Module):
         """What is stored, as the kernels take it."""
         return Packed(self.format, self.in_features, self.data, self.scales, self.zeros)
 
+    def adopt(self, matrix: Packed) -> None:
+        """Let this layer be a view of `matrix`, which holds the same weights."""
+        self.data, self.scales, self.zeros = matrix.data, matrix.scales, matrix.zeros
+
     @property
     def kind(self) -> str:
         """The format, and what multiplies by it where that is not a kernel of lbi's."""
