@@ -13,7 +13,8 @@ import triton
 from packed_cases import FORMS, random_matrix
 
 from lbi.kernels.compile_only import compile_only, compiled
-from lbi.kernels.gemv import gemv, matmul_small
+from lbi.kernels.device import gemv as device
+from lbi.kernels.gemv import constants, gemv, matmul_small
 from lbi.kernels.tiles import Tile
 
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -30,6 +31,12 @@ def attempt(name: str, capability: int, dtype: torch.dtype) -> dict[str, Any]:
         gemv(x[0], matrix, bias, Tile(8, 16, 2, split=2))
         gemv(x[0], matrix, None, Tile(16, 32, 1))
         matmul_small(x, matrix, bias)
+        if matrix.scales is not None:
+            # Not by its launch, which takes tiles for the interpreter where a matrix is not on a GPU.
+            device.dequantize_kernel[(1,)](
+                matrix.data, matrix.scales, matrix.zeros, torch.empty(64, 512, dtype=dtype), 64,
+                **constants(matrix), BN=8, BW=128, num_warps=4,
+            )  # fmt: skip
     except triton.CompilationError as problem:
         return {**found, "problem": str(problem)[-300:]}
     shared = max(kernel.metadata.shared for kernel in compiled)

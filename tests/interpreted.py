@@ -15,7 +15,7 @@ import torch
 from packed_cases import FORMS, Form, error, random_matrix
 
 from lbi.kernels.formats import BITS, ZERO
-from lbi.kernels.gemv import gemv, matmul_small
+from lbi.kernels.gemv import dequantized, gemv, matmul_small
 from lbi.kernels.tiles import Tile
 
 FITS = Tile(32, 16, 1)
@@ -62,7 +62,22 @@ def small_errors(form: Form) -> float:
     return worst
 
 
+def unpacking_error(form: Form) -> float:
+    """Of the whole matrix, against the reference that all the others are held to."""
+    worst = 0.0
+    for rows, inputs in (even(form), ragged(form)):
+        matrix = random_matrix(form, rows, inputs, torch.float32)
+        expected = matrix.dequantize()
+        worst = max(worst, float((dequantized(matrix, torch.float32) - expected).norm() / expected.norm()))
+    return worst
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name, form in FORMS.items():
-        print(json.dumps({"form": name, **gemv_errors(form), "small": small_errors(form)}), flush=True)
+        print(
+            json.dumps(
+                {"form": name, **gemv_errors(form), "small": small_errors(form), "unpacked": unpacking_error(form)}
+            ),
+            flush=True,
+        )

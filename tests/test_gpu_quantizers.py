@@ -133,7 +133,7 @@ def test_every_kernel_of_a_native_layer_is_the_product_of_what_is_stored(
         expected = x.double() @ weight.T + layer.bias.double()
         error = float((y.double() - expected).norm() / expected.norm())
         # Rounding the output to bfloat16 is 1.65e-3 alone; several rows round the weights alike, for the tensor cores.
-        bound = 1e-4 if dtype == torch.float32 else 2e-3 if rows == 1 else 3.5e-3
+        bound = 2e-4 if dtype == torch.float32 else 2e-3 if rows == 1 else 3.5e-3
         assert error < bound, f"{rows} rows: {error:.2e}"
         assert torch.equal(y, layer(x)), f"{rows} rows: the same inputs gave other bits"
 

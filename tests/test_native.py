@@ -20,9 +20,8 @@ from test_quantizers import check, quantized
 
 from lbi.errors import NotApplied
 from lbi.kernels.formats import BITS, ZERO, Packed, interleaved, pack, positions, stacked, unpack
-from lbi.kernels.packed_ops import unpacked_linear
 from lbi.plan import Plan
-from lbi.quantizers import autoquant
+from lbi.quantizers import autoquant, native
 from lbi.quantizers.native_layers import NativeLinear
 from lbi.quantizers.native_rounding import packed
 from lbi.quantizers.options import option
@@ -242,14 +241,20 @@ def test_the_operator_is_what_torch_expects_of_one() -> None:
         torch.library.opcheck(torch.ops.lbi.packed_linear, given)
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_unpacking_some_rows_at_a_time_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    form = FORMS[name]
-    matrix = random_matrix(form, 21, 4 * max(form.unit, form.group or 32), torch.float32)
-    x, bias = torch.randn(18, matrix.inputs), torch.randn(21)
-    monkeypatch.setattr("lbi.kernels.packed_ops.MOST_AT_ONCE", 8 * matrix.inputs)
-    assert error(unpacked_linear(x, matrix, bias), matrix, x, bias) < 1e-5
-    assert error(unpacked_linear(x, matrix, None), matrix, x) < 1e-5
+@pytest.mark.parametrize("text", OPTIONS)
+def test_layers_that_adopt_rows_of_one_matrix_give_what_they_gave(text: str) -> None:
+    layers = [NativeLinear.of(torch.nn.Linear(256, 24, bias=False), option(text)) for _ in range(2)]
+    x = torch.randn(3, 256)
+    before = [layer(x) for layer in layers]
+    both = interleaved(layers[0].matrix(), layers[1].matrix())
+    for number, layer in enumerate(layers):
+        taken = [None if tensor is None else tensor[number::2] for tensor in (both.data, both.scales, both.zeros)]
+        layer.adopt(Packed(both.format, both.inputs, *taken))
+        assert layer.data.untyped_storage().data_ptr() == both.data.untyped_storage().data_ptr()
+        assert torch.equal(layer(x), before[number])
+        seen = native.observe(layer)
+        assert seen is not None
+        assert seen.bits == option(text).bits
 
 
 # The plan
@@ -333,10 +338,12 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
 @pytest.mark.parametrize("name", FORMS)
 def test_the_interpreted_kernels_are_the_float64_product(name: str, interpreted: dict[str, dict[str, Any]]) -> None:
     found = interpreted[name]
-    assert found["float32"] < 1e-5
+    # Fields of a byte are multiplied by scaled inputs: by up to 64 at 2 bits, which float32 pays for in digits.
+    assert found["float32"] < (1e-4 if name.startswith(("w2", "w158")) else 1e-5)
     # The interpreter cuts bfloat16 off where a GPU rounds it, at twice the error.
     assert found["bfloat16"] < 5e-3
     assert found["small"] < 1e-5
+    assert found["unpacked"] < 1e-6
     assert found["unequal"] == 0
 
 
@@ -364,7 +371,7 @@ def test_the_benchmark_goes_its_whole_way_without_a_gpu(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "found.json").read_text())
     kinds = [row["kind"] for row in rows]
     assert (kinds.count("tuned"), kinds.count("linear"), kinds.count("product")) == (4, 4, 8)
-    assert all(row["error"] < 1e-5 for row in rows if row["kind"] == "product")
+    assert all(row["error"] < 1e-4 for row in rows if row["kind"] == "product")
     assert all(row["tuned"] for row in rows if row["kind"] == "product" and row["tokens"] == 1)
 
 

@@ -11,9 +11,6 @@ import torch
 
 from lbi.kernels.formats import Packed
 
-MOST_AT_ONCE = 1 << 25
-"""Weights that a GPU unpacks at once for many tokens: 7 bytes of buffers each, 235 MB."""
-
 
 def packed_linear(
     x: torch.Tensor,
@@ -52,25 +49,20 @@ def _on_gpu(
     bias: torch.Tensor | None,
     kind: str,
 ) -> torch.Tensor:
-    from lbi.kernels.gemv import MOST_ROWS, gemv, matmul_small
+    from lbi.kernels.gemv import MOST_ROWS, dequantized, gemv, matmul_small
 
+    # Rows of a matrix that two layers share may lie in turn; the kernels read rows one after the other.
+    data, scales, zeros = data.contiguous(), _contiguous(scales), _contiguous(zeros)
     x, matrix = x.contiguous(), Packed(kind, x.shape[1], data, scales, zeros)
     if x.shape[0] == 1:
         return gemv(x.view(-1), matrix, bias).view(1, -1)
-    return matmul_small(x, matrix, bias) if x.shape[0] <= MOST_ROWS else unpacked_linear(x, matrix, bias)
+    if x.shape[0] <= MOST_ROWS:
+        return matmul_small(x, matrix, bias)
+    return torch.nn.functional.linear(x, dequantized(matrix, x.dtype), bias)
 
 
-def unpacked_linear(x: torch.Tensor, matrix: Packed, bias: torch.Tensor | None) -> torch.Tensor:
-    """`packed_linear` by the device's own matrix product, from some rows' unpacked weights after the other's."""
-    step = max(1, MOST_AT_ONCE // matrix.inputs)
-    parts = []
-    for start in range(0, matrix.rows, step):
-        chosen = slice(start, start + step)
-        scales, zeros = (None if given is None else given[chosen] for given in (matrix.scales, matrix.zeros))
-        part = Packed(matrix.format, matrix.inputs, matrix.data[chosen], scales, zeros)
-        added = None if bias is None else bias[chosen]
-        parts.append(torch.nn.functional.linear(x, part.dequantize(x.dtype), added))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _define() -> None:
