@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 import torch
 from packed_cases import FORMS, Form, error, random_codes, random_matrix
+from test_fused import CONFIG, expected, llama
+from test_fused import off as off_from
 from test_quantizers import check, quantized
 
+from lbi.engines.fused import FusedEngine
 from lbi.errors import NotApplied
 from lbi.kernels.formats import BITS, ZERO, Packed, interleaved, pack, positions, stacked, unpack
 from lbi.plan import Plan
-from lbi.quantizers import autoquant, native
+from lbi.quantizers import assign, audit, autoquant, native
 from lbi.quantizers.native_layers import NativeLinear
 from lbi.quantizers.native_rounding import packed
 from lbi.quantizers.options import option
@@ -255,6 +258,21 @@ def test_layers_that_adopt_rows_of_one_matrix_give_what_they_gave(text: str) -> 
         seen = native.observe(layer)
         assert seen is not None
         assert seen.bits == option(text).bits
+
+
+@pytest.mark.parametrize("text", ["native_w8", "native_fp8", "native_w4 group_size=64", "native_w2", "native_w158"])
+def test_the_fused_engine_reads_them_as_they_are(text: str) -> None:
+    model = llama(intermediate_size=256)
+    assign.apply(model, assign.by_name(model, replace(option(text), lm_head="same")))
+    before, prompt = audit.weight_bytes(model), list(range(1, 12))
+    tokens, logits = expected(model, prompt, 5)
+    engine = FusedEngine(model, CONFIG, slots=32)
+    found = engine.generate(prompt, 5, seed=0, inspect=True)
+    assert found.tokens == tokens
+    assert found.logits is not None
+    assert off_from(found.logits, logits) < 1e-4
+    assert audit.weight_bytes(model) == before
+    assert torch.equal(expected(model, prompt, 5)[1], logits)
 
 
 # The plan
