@@ -119,14 +119,14 @@ def in_each_cell(arguments: Sequence[str]) -> list[str]:
     Hydra applies what is no sweep to the default option of each group first, which need not have the knob.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
 
     parser, parsed = OverridesParser.create(), {}
     for argument in arguments:
         if "=" in argument and not argument.startswith(("-", "~")):
             try:
                 parsed[argument] = parser.parse_override(argument)
-            except OverrideParseException:
+            except HydraException:
                 # Hydra says what is wrong with it.
                 continue
     swept = {override.key_or_group for override in parsed.values() if override.is_sweep_override()}

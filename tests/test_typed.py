@@ -97,7 +97,7 @@ def test_every_option_lists_every_knob_that_it_reads(option: Path) -> None:
         knobs = {"temperature", "top_k", "top_p", "seed"} if content["kind"] == "sampling" else set()
         assert listed == {"name", "kind"} | knobs
     elif group == "engine":
-        knobs = {"tokens_per_graph"} if content["kind"] == "loop" else set()
+        knobs = set() if content["kind"] == "hf" else {"tokens_per_graph"}
         assert listed == {"name", "kind", "device", "threads", "attention"} | knobs
     elif group == "cache":
         assert listed == {"name", "kind"} | ({"max_len"} if content["kind"] == "static" else set())

@@ -82,7 +82,8 @@ def _method(form: str, bits: int, knobs: set[str], capability: float = 8.0, beca
             packages=("cuda:triton",),
             divisor=WORDS[form],
         ),
-        kernels={"cuda": "gemv_kernel|small_kernel"},
+        # The second half are the kernels of engine=fused, which multiply by the same matrices.
+        kernels={"cuda": "gemv_kernel|small_kernel|norm_product|product_add"},
         unpacked_on=("cpu",),
     )
 
