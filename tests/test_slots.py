@@ -185,9 +185,9 @@ def test_ctrl_c_ends_all_running_children_cleanly_and_starts_no_more(units: Make
 
 
 def test_a_second_ctrl_c_does_not_wait_for_grace(units: MakeUnits, store: Store) -> None:
-    made = units("resources.stop_grace_s=600", script="stubborn", count=6)
+    made = units("resources.stop_grace_s=120", script="stubborn", count=6)
     began = time.monotonic()
-    _, stop = execute(made, store, interrupts("phase", 4, 0.0, 0.5))
+    _, stop = execute(made, store, interrupts("phase", 4, 0.0, 2.0))
     assert stop.now
     assert statuses(made, store) == ["cancelled"] * 4 + [None] * 2
     assert time.monotonic() - began < 60
