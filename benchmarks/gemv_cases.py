@@ -89,6 +89,12 @@ ROWS, WARPS, SPLITS = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4, 8)
 
 WORDS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
+PACKED_ROWS, PACKED_WORDS, PACKED_WARPS, STAGES = (16, 32, 64), (16, 32, 64, 128, 256), (1, 2, 4, 8), (3, 5)
+"""The tensor cores take 16 rows at once; stages are steps whose words are on their way."""
+
+SHARED = 200_000
+"""Bytes of a multiprocessor's shared memory to count with, of the 227 KB of an H100."""
+
 
 def tiles_by_case(
     chosen: list[Case], processors: int, count: int, splits: tuple[int, ...] = SPLITS
@@ -100,13 +106,20 @@ def tiles_by_case(
     tried: dict[tuple[str, int], list[Tile]] = {}
     for form, inputs in dict.fromkeys((case.form, case.inputs) for case in chosen):
         alike = [case for case in chosen if (case.form, case.inputs) == (form, inputs)]
+        packed = alike[0].item_bytes == 4
+        choices = (
+            product(PACKED_ROWS, PACKED_WORDS, PACKED_WARPS, splits, STAGES)
+            if packed
+            else product(ROWS, WORDS, WARPS, splits)
+        )
         possible = [
             tile
-            for tile in (Tile(*values) for values in product(ROWS, WORDS, WARPS, splits))
-            if _possible(alike[0], tile)
+            for tile in (Tile(*values) for values in choices)
+            if (_possible_packed if packed else _possible)(alike[0], tile)
         ]
-        # The mean, so that tiles for small and for large matrices are among them.
-        ranked = sorted(possible, key=lambda tile: sum(penalty(case, tile, processors) for case in alike))
+        judge = packed_penalty if packed else penalty
+        # The sum, so that tiles for small and for large matrices are among them.
+        ranked = sorted(possible, key=lambda tile: sum(judge(case, tile, processors) for case in alike))
         tried[form, inputs] = ranked[:count]
     return {case: tried[case.form, case.inputs] for case in chosen}
 
@@ -154,3 +167,32 @@ def cases(forms: list[str], shapes: list[tuple[int, int]]) -> Iterator[Case]:
                 and inputs % (made.group or 1) == 0
             ):
                 yield Case(form, rows, inputs)
+
+
+def _possible_packed(case: Case, tile: Tile) -> bool:
+    """Whether every warp has groups of its own in a step, the stages fit, and the row has work for each part."""
+    form = FORMS[case.form]
+    group = min(16, (form.group or case.inputs) * BITS[form.format] // 32)
+    step = tile.rows * tile.words * 4
+    fits = tile.words < 2 * case.width and tile.split <= -(-case.width // tile.words)
+    weights = tile.rows * tile.words * 32 // BITS[form.format] / (32 * tile.warps)
+    return fits and tile.words // group >= tile.warps and step * tile.stages <= SHARED and 32 <= weights <= 1024
+
+
+def packed_penalty(case: Case, tile: Tile, processors: int) -> float:
+    """As `penalty`: mostly whether enough bytes are under way on every multiprocessor."""
+    step = tile.rows * tile.words * 4
+    programs = -(-case.rows // tile.rows) * tile.split / processors
+    resident = min(max(programs, 0.5), SHARED / (step * tile.stages), 64 / tile.warps)
+    blocks = -(-case.width // tile.words)
+    under_way = resident * min(tile.stages - 1, -(-blocks // tile.split)) * step
+    filled = case.width / (-(-blocks // tile.split) * tile.split * tile.words)
+    return (
+        max(0.0, log2(64_000 / under_way))
+        + max(0.0, log2(12 / (resident * tile.warps)))
+        + 8 * (1 - filled)
+        + 0.4 * log2(tile.split)
+        + 0.3 * abs(log2(tile.rows / 32))
+        + 0.2 * abs(log2(tile.warps / 4))
+        + 0.2 * abs(log2(tile.words / 128))
+    )

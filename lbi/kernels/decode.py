@@ -145,7 +145,7 @@ def _tiling(matrix: Packed) -> tuple[dict[str, Any], int, int]:
     """Arguments that cut the matrix into programs, the number of these, and the warps of one."""
     tile = replace(tile_for(matrix), split=1)
     count, even = steps(matrix, tile)
-    cut = {"BN": tile.rows, "BW": tile.words, "STEPS": count, "EVEN": even}
+    cut = {"BN": tile.rows, "BW": tile.words, "STEPS": count, "EVEN": even, "num_stages": tile.stages}
     return constants(matrix) | cut, -(-matrix.rows // tile.rows), tile.warps
 
 

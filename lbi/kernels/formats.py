@@ -3,11 +3,11 @@
 A row is stored contiguously, whatever the format, so rows can be taken, put together and
 interleaved without unpacking: q, k and v become one matrix, gate and up another.
 
-8, 4 and 2 bits: an int32 word holds 4, 8 or 16 weights. Four words, the 16 bytes that a GPU
-thread loads at once, hold 16, 32 or 64 consecutive weights, such that field i of the four words
-holds four consecutive ones: their inputs are one load (`positions`). A group of as many or more
-is then whole words, so a scale meets each word's sum once instead of each weight. Codes are
-unsigned, for they become floats by being put into a mantissa.
+8, 4 and 2 bits: an int32 word holds 4, 8 or 16 consecutive weights, the first of each pair in its
+lower half and the second as far up in its upper half: one and takes two weights out, as a pair of
+16-bit numbers, which is how the tensor cores want them (device/packed.py). Four words, the 16 bytes
+that a GPU thread loads at once, belong to one group. Codes are unsigned, for they become floats by
+being put into a mantissa.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 WORDS = 4
-"""Words whose fields interleave: 16 bytes."""
+"""Words of which a row, and a group, has a multiple: 16 bytes."""
 
 BITS = {"plain": 16, "w8": 8, "fp8": 8, "w4": 4, "w2": 2, "w158": 2}
 """Formats and the bits of one weight: unquantized, int8, e4m3, 4 bits, 2 bits, ternary in 2 bits."""
@@ -72,9 +72,9 @@ class Packed:
 def positions(bits: int, inputs: int) -> torch.Tensor:
     """(words, fields): which of a row's weights each field of each word holds."""
     fields = 32 // bits
-    word = torch.arange(inputs // fields)
-    start = word // WORDS * (WORDS * fields) + word % WORDS
-    return start[:, None] + WORDS * torch.arange(fields)
+    field = torch.arange(fields)
+    within = field % (fields // 2) * 2 + field // (fields // 2)
+    return torch.arange(0, inputs, fields)[:, None] + within
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -85,19 +85,18 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, inputs = codes.shape
     if inputs % (WORDS * 32 // bits):
         raise ValueError(f"{inputs} inputs are not a multiple of {WORDS * 32 // bits}, four words of {bits} bits")
-    # (rows, fours of words, fields, words), as `positions` has them: the fields of a word lie `WORDS` apart.
-    fields = codes.reshape(rows, -1, 32 // bits, WORDS)
-    words = torch.zeros(rows, fields.shape[1], WORDS, dtype=torch.int32, device=codes.device)
+    # (rows, words, fields): by `positions`, the second weights of pairs lie behind the first ones.
+    fields = codes.reshape(rows, -1, 16 // bits, 2).transpose(2, 3).reshape(rows, -1, 32 // bits)
+    words = torch.zeros(rows, fields.shape[1], dtype=torch.int32, device=codes.device)
     for field in range(fields.shape[2]):
         words |= fields[:, :, field].to(torch.int32) << (bits * field)
-    return words.view(rows, -1)
+    return words
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """The codes that `pack` was given, (rows, inputs) uint8."""
-    fours = words.view(words.shape[0], -1, WORDS)
-    fields = [(fours >> low & (2**bits - 1)).to(torch.uint8) for low in range(0, 32, bits)]
-    return torch.stack(fields, dim=2).view(words.shape[0], -1)
+    fields = torch.stack([(words >> low & (2**bits - 1)).to(torch.uint8) for low in range(0, 32, bits)], dim=-1)
+    return fields.view(*words.shape, 2, -1).transpose(2, 3).reshape(words.shape[0], -1)
 
 
 def stacked(parts: Sequence[Packed]) -> Packed:

@@ -21,12 +21,14 @@ FILE = Path(__file__).parent / "tiles.json"
 @dataclass(frozen=True, slots=True)
 class Tile:
     """`rows` of the matrix a program has, `words` of each that it reads at once (elements, if they are not
-    packed), `warps` of a program, `split`: programs that share the rows' length and leave partial sums."""
+    packed), `warps` of a program, `split`: programs that share the rows' length and leave partial sums,
+    `stages`: steps whose words are on their way at once (packed weights only)."""
 
     rows: int
     words: int
     warps: int
     split: int = 1
+    stages: int = 4
 
 
 def tile_for(matrix: Packed) -> Tile:
@@ -48,10 +50,18 @@ def _rule_of_thumb(matrix: Packed) -> Tile:
         # Triton's interpreter takes a millisecond a program, whatever there is in it.
         return Tile(64, max(16, min(2048, 1 << (width - 1).bit_length())), 4)
     if matrix.format in ZERO:
-        words = min(512, 1 << (width - 1).bit_length())
-        return Tile(8, max(words, 16), 4 if words >= 512 else 2 if words >= 256 else 1)
+        # A multiple of 16 rows and 16 words, as the tensor cores take them.
+        return Tile(16 if matrix.rows <= 8192 else 32, most_words(matrix.data), 4)
     words = min(2048, 1 << (width - 1).bit_length())
     return Tile(2 if matrix.format == "plain" else 4, max(words, 16), 4)
+
+
+def most_words(tensor: torch.Tensor, item: int = 2) -> int:
+    """Words of a row in a step, such that the stages fit the shared memory; `item`: bytes of an input."""
+    properties = torch.cuda.get_device_properties(tensor.device) if tensor.is_cuda else None
+    # 99 KB on sm_86 and sm_89, 163 KB or more on GPUs for servers.
+    small = properties is not None and properties.shared_memory_per_block_optin < 150_000
+    return 32 if item > 2 else 64 if small else 128
 
 
 def _gpu(tensor: torch.Tensor) -> str:

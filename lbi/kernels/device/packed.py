@@ -1,0 +1,215 @@
+"""Products of a matrix in packed words with up to 16 tokens, in the tensor cores.
+
+Below 8 bits a GPU has about three instructions a weight at full bandwidth, and a product in its
+usual units takes more than that. So two weights become two floats by one and-or: put into the
+mantissa of OFF, 128 in bf16 and 1024 in fp16, a code q is OFF + q. The tensor cores multiply
+these as they are, 2,048 at once, and add up in float32; what the OFFs add up to is taken off once
+a group, from a product of the same inputs and ones:
+
+    sum (q - z) x  =  sum v x  -  (OFF + z) sum x,    v = OFF + q
+
+A plane is what one such and-or can take out of a word: all of 4 bits; each half of a byte, the
+upper one as 16 (OFF + q); every second pair of 2 bits, two places up in the mantissa of OFF / 4,
+which saves half of the shifts.
+
+The tensor cores sum over inputs in any order, so the order in a word (formats.py) is the one in
+which each thread finds what it has to hand in: no weight moves between threads after its load.
+A program's warps share the length of its rows, by groups; groups have a scale each, which meets
+their sums. Words come through shared memory, asynchronously, some steps ahead (`num_stages`).
+"""
+
+import triton
+import triton.language as tl
+
+PTX = tl.constexpr(not triton.knobs.runtime.interpret)
+"""Whether inline assembly can be used: Triton's interpreter knows none."""
+
+TAKE_OUT = tl.constexpr("{ .reg .b32 both; lop3.b32 both, $2, $3, $4, 0xEA; mov.b32 {$0, $1}, both; }")
+"""(word & mask) | type's one, and its halves. ptxas makes two instructions of it where both are constants."""
+
+
+@triton.jit
+def _pair(words, AT: tl.constexpr, PLACE: tl.constexpr, FACTOR: tl.constexpr, BITS: tl.constexpr, kind: tl.constexpr):
+    """OFF * FACTOR / 2^PLACE + q * FACTOR, q being the fields at bits AT and AT + 16 of each word."""
+    MASK: tl.constexpr = (2**BITS - 1) << PLACE
+    moved = words >> (AT - PLACE)
+    if PTX and kind != tl.float32:
+        mask = tl.full((1, 1, 1), MASK * 0x10001, tl.int32)
+        # An exponent more for each doubling, one less for each place that the code lies higher.
+        UP: tl.constexpr = (4 if FACTOR == 16 else 0) - PLACE
+        if kind == tl.bfloat16:
+            low, high = tl.inline_asm_elementwise(
+                TAKE_OUT, "=h,=h,r,r,r", [moved, mask, tl.full((1, 1, 1), (0x4300 + 0x80 * UP) * 0x10001, tl.int32)],
+                dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            low, high = tl.inline_asm_elementwise(
+                TAKE_OUT, "=h,=h,r,r,r", [moved, mask, tl.full((1, 1, 1), (0x6400 + 0x400 * UP) * 0x10001, tl.int32)],
+                dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
+            )  # fmt: skip
+    else:
+        low, high = ((moved & MASK) >> PLACE).to(kind) * FACTOR, ((moved >> 16 & MASK) >> PLACE).to(kind) * FACTOR
+    return low, high
+
+
+@triton.jit
+def _two(
+    words, FIRST: tl.constexpr, SECOND: tl.constexpr, PLACE: tl.constexpr, FACTOR: tl.constexpr, BITS: tl.constexpr,
+    kind: tl.constexpr,
+):  # fmt: skip
+    """Two pairs of each word, (..., 2) of the first weights and of the second."""
+    a, b = _pair(words, FIRST, PLACE, FACTOR, BITS, kind)
+    c, d = _pair(words, SECOND, PLACE, FACTOR, BITS, kind)
+    return tl.join(a, c), tl.join(b, d)
+
+
+@triton.jit
+def _weights(
+    words, PLANE: tl.constexpr, BITS: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, WG: tl.constexpr,
+    kind: tl.constexpr,
+):  # fmt: skip
+    """(B, BN, inputs) of a plane of words (B, BN, WG): by half of a word, word, pair and weight of the pair."""
+    if BITS == 8:
+        low, high = _two(words, 4 * PLANE, 4 * PLANE + 8, 0, 16 if PLANE == 1 else 1, 4, kind)
+        made = tl.reshape(tl.join(low, high), (B, BN, 4 * WG))
+    else:
+        AT: tl.constexpr = PLANE * BITS
+        low_0, high_0 = _two(words, AT, AT + 8, AT, 1, BITS, kind)
+        low_1, high_1 = _two(words, AT + 4, AT + 12, AT, 1, BITS, kind)
+        halves = tl.join(tl.join(low_0, low_1), tl.join(high_0, high_1))
+        made = tl.reshape(tl.permute(halves, (0, 1, 3, 2, 4, 5)), (B, BN, 8 * WG))
+    return made
+
+
+@triton.jit
+def _tokens(x, at, k, M, K: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr):
+    """Inputs of batches `at`, (B, UNIT) for one token and (B, UNIT, COLS) for more; 0 outside."""
+    where = at[:, None] * UNIT + k[None, :]
+    if COLS > 0:
+        m = tl.arange(0, COLS)
+        inside = (where < K)[:, :, None] & (m < M)[None, None, :]
+        inputs = tl.load(x + where[:, :, None] + m[None, None, :] * K, mask=inside, other=0.0)
+    elif EVEN:
+        inputs = tl.load(x + where)
+    else:
+        inputs = tl.load(x + where, mask=where < K, other=0.0)
+    return inputs
+
+
+@triton.jit
+def _ordered(
+    inputs, PLANE: tl.constexpr, BITS: tl.constexpr, B: tl.constexpr, WG: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """(B, inputs, columns) in the order of `_weights`: what a plane's weights are multiplied by."""
+    C: tl.constexpr = 1 if COLS == 0 else COLS
+    HALVES: tl.constexpr = 1 if BITS == 8 else 2
+    PLANES: tl.constexpr = 2 if BITS == 2 else 1
+    parts = tl.reshape(inputs, (B, WG, HALVES, 2, PLANES, 2, C))
+    parts = tl.permute(parts, (0, 2, 1, 3, 5, 6, 4))
+    if PLANES == 2:
+        one, other = tl.split(parts)
+        chosen = one if PLANE == 0 else other
+    else:
+        chosen = parts
+    chosen = tl.reshape(chosen, (B, HALVES * WG * 4, C))
+    return tl.broadcast_to(chosen, (B, HALVES * WG * 4, 8)) if COLS == 0 else chosen
+
+
+@triton.jit
+def _sums(
+    words, inputs, zero, BITS: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, WG: tl.constexpr,
+    COLS: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    """(B, BN, columns) sums of (code - zero) * input, `zero` being a number or (B, BN, 1)."""
+    C: tl.constexpr = 8 if COLS == 0 else COLS
+    INPUTS: tl.constexpr = WG * (4 if BITS == 8 else 8)
+    IN_MANTISSA: tl.constexpr = PTX and kind != tl.float32
+    OFF: tl.constexpr = (128.0 if kind == tl.bfloat16 else 1024.0) if IN_MANTISSA else 0.0
+    ones = tl.full((B, BN, INPUTS), 1.0, kind)
+    nothing = tl.zeros((B, BN, C), tl.float32)
+    taken = _ordered(inputs, 0, BITS, B, WG, COLS)
+    found = tl.dot(_weights(words, 0, BITS, B, BN, WG, kind), taken, nothing, input_precision="ieee")
+    total = tl.dot(ones, taken, nothing, input_precision="ieee")
+    if BITS == 4:
+        found -= (OFF + zero) * total
+    elif BITS == 8:
+        found = tl.dot(_weights(words, 1, BITS, B, BN, WG, kind), taken, found, input_precision="ieee")
+        found -= (17 * OFF + zero) * total
+    else:
+        others = _ordered(inputs, 1, BITS, B, WG, COLS)
+        found = tl.dot(_weights(words, 1, BITS, B, BN, WG, kind), others, found, input_precision="ieee")
+        found -= (OFF + zero) * total
+        found -= (OFF / 4 + zero) * tl.dot(ones, others, nothing, input_precision="ieee")
+    return found
+
+
+@triton.jit
+def _of_groups(values, n, at, N, K: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr):
+    """(B, BN) float32: scales or zeros of rows `n` and batches `at`."""
+    where = n[None, :] * (K // GROUP) + (at * UNIT // GROUP)[:, None]
+    inside = (n[None, :] < N) & (at * UNIT < K)[:, None]
+    return tl.load(values + where, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _prefetch(data, n, N, WIDTH: tl.constexpr, LINES: tl.constexpr):
+    """Have the first 128-byte lines of rows brought to the L2, waiting for nothing."""
+    line = tl.arange(0, LINES)
+    row = tl.minimum(n, N - 1)[:, None].to(tl.int64) * WIDTH + tl.minimum(line * 32, WIDTH - 1)[None, :]
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [data + row], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def packed_products(
+    x, data, scales, zeros, n, N, M, first,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, Z: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, STEPS: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """(BN, COLS) float32: rows `n` times each of `M` tokens of `x`; (BN, 8), all alike, for one token and COLS 0.
+
+    `STEPS` steps of `BW` words from step `first` on; what lies beyond a row's end counts nothing.
+    """
+    WIDTH: tl.constexpr = K * BITS // 32
+    FIELDS: tl.constexpr = 32 // BITS
+    WG: tl.constexpr = 16 if GROUP == K or GROUP // FIELDS >= 16 else GROUP // FIELDS
+    UNIT: tl.constexpr = WG * FIELDS
+    B: tl.constexpr = BW // WG
+    kind: tl.constexpr = x.dtype.element_ty if PTX else tl.float32
+    b, w, k = tl.arange(0, B), tl.arange(0, WG), tl.arange(0, UNIT)
+    rows = data + n[None, :, None].to(tl.int64) * WIDTH
+    acc = tl.zeros((B, BN, 8 if COLS == 0 else COLS), tl.float32)
+    zero = 1.0 * Z
+    if GROUP < K:
+        scale = _of_groups(scales, n, first * B + b, N, K, GROUP, UNIT)
+        if Z < 0:
+            zero = _of_groups(zeros, n, first * B + b, N, K, GROUP, UNIT)
+    elif Z < 0:
+        zero = tl.load(zeros + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if PDL:
+        _prefetch(data, n, N, WIDTH, min(8, triton.next_power_of_2(triton.cdiv(WIDTH, 32))))
+        tl.extra.cuda.gdc_wait()
+    for step in range(STEPS):
+        at = (first + step) * B + b
+        j = at[:, None] * WG + w[None, :]
+        if EVEN:
+            words = tl.load(rows + j[:, None, :], eviction_policy="evict_first")
+        else:
+            inside = (n[None, :, None] < N) & (j[:, None, :] < WIDTH)
+            words = tl.load(rows + j[:, None, :], mask=inside, other=0, eviction_policy="evict_first")
+        inputs = _tokens(x, at, k, M, K, UNIT, COLS, EVEN).to(kind)
+        found = _sums(words, inputs, zero if Z >= 0 else zero[:, :, None], BITS, B, BN, WG, COLS, kind)
+        if GROUP < K:
+            acc += found * scale[:, :, None]
+            # A step ahead: they are too small to come with the words.
+            scale = _of_groups(scales, n, at + B, N, K, GROUP, UNIT)
+            if Z < 0:
+                zero = _of_groups(zeros, n, at + B, N, K, GROUP, UNIT)
+        else:
+            acc += found
+    made = tl.sum(acc, axis=0)
+    if GROUP == K:
+        made *= tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    return made

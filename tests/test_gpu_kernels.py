@@ -1,0 +1,94 @@
+"""lbi's own kernels and engine=fused on a GPU: against float64, and against Hugging Face's own Llama."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from packed_cases import FORMS, Form, error, random_matrix
+from test_fused import CONFIG, expected, llama, off
+
+from lbi.engines.fused import FusedEngine
+from lbi.kernels.formats import Packed
+from lbi.quantizers import assign
+from lbi.quantizers.options import option
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+
+ON_GPU = SimpleNamespace(**{**vars(CONFIG), "engine": SimpleNamespace(device="cuda", tokens_per_graph=1)})
+
+LARGEST = {torch.bfloat16: 2e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+"""Relative to float64, with the weights as stored: a result is rounded to the type once."""
+
+
+def on_gpu(matrix: Packed) -> Packed:
+    moved = {name: getattr(matrix, name) for name in ("data", "scales", "zeros")}
+    return replace(matrix, **{name: tensor.cuda() for name, tensor in moved.items() if tensor is not None})
+
+
+@pytest.mark.parametrize("dtype", LARGEST, ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_products_are_those_of_float64(name: str, dtype: torch.dtype) -> None:
+    """Every way through the kernels: one token, few, and more than the tensor cores take at once."""
+    from lbi.kernels.packed_ops import packed_linear
+
+    form: Form = FORMS[name]
+    unit = max(form.unit, form.group or 1)
+    for rows, inputs in ((64, 32 * unit), (int(torch.randint(1, 400, ()).item()), unit * 9)):
+        matrix = random_matrix(form, rows, inputs, dtype)
+        bias = torch.randn(rows).to(dtype)
+        there = on_gpu(matrix)
+        for tokens in (1, 2, 8, 9, 16, 17):
+            x = torch.randn(tokens, inputs).to(dtype)
+            y = packed_linear(x.cuda(), there.data, there.scales, there.zeros, bias.cuda(), there.format)
+            assert error(y.cpu(), matrix, x, bias) < LARGEST[dtype], (rows, inputs, tokens)
+
+
+@pytest.mark.parametrize("name", ["w4 g32", "w4 row", "w2 g64", "w158", "w8"])
+def test_inputs_far_from_zero_do_not_drown_the_weights(name: str) -> None:
+    """What the mantissa adds to each code is 128 times the inputs' sum: it must come off again."""
+    from lbi.kernels.packed_ops import packed_linear
+
+    matrix = random_matrix(FORMS[name], 256, 4096, torch.bfloat16)
+    there = on_gpu(matrix)
+    x = (5 + torch.randn(1, 4096)).to(torch.bfloat16)
+    y = packed_linear(x.cuda(), there.data, there.scales, there.zeros, None, there.format)
+    assert error(y.cpu(), matrix, x) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv", "width"), [(4, 4, 64), (6, 2, 64), (8, 2, 80), (8, 1, 96), (4, 2, 128), (16, 2, 64)]
+)
+@pytest.mark.parametrize("graphed", [False, True])
+def test_fused_says_what_hugging_face_says(heads: int, kv: int, width: int, graphed: bool) -> None:
+    model = llama(heads=heads, kv=kv, width=width)
+    prompt = torch.randint(0, 517, (int(torch.randint(1, 60, ()).item()),)).tolist()
+    tokens, logits = expected(model, prompt, 70)
+    engine = FusedEngine(model.cuda(), ON_GPU, slots=len(prompt) + 70)
+    if graphed:
+        engine.compile()
+    for _ in range(2):
+        found = engine.generate(prompt, 70, seed=0, inspect=True)
+        assert off(found.logits, logits) < 1e-3
+        assert found.tokens == tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", ["native_w8", "native_fp8", "native_w4 group_size=64", "native_w2", "native_w158"])
+def test_fused_reads_lbis_formats_as_torch_does_on_a_cpu(text: str, dtype: torch.dtype) -> None:
+    model = llama(heads=8, kv=2, hidden_size=256, intermediate_size=512).to(dtype)
+    assign.apply(model, assign.by_name(model, replace(option(text), lm_head="same")))
+    prompt = torch.randint(0, 517, (23,)).tolist()
+    wanted = FusedEngine(model, CONFIG, slots=64).generate(prompt, 30, seed=0, inspect=True)
+    assert wanted.logits is not None
+    engine = FusedEngine(model.cuda(), ON_GPU, slots=64)
+    engine.compile()
+    found = engine.generate(prompt, 30, seed=0, inspect=True)
+    assert found.logits is not None
+    pairs = zip(found.tokens, wanted.tokens, strict=True)
+    same = next((number for number, (ours, theirs) in enumerate(pairs) if ours != theirs), 29)
+    # Up to where the texts part, if they do: rounding may turn a near tie.
+    assert off(found.logits[: same + 1], wanted.logits[: same + 1]) < (1e-3 if dtype == torch.float32 else 3e-2)
+    assert same == 29 or dtype == torch.bfloat16
