@@ -452,15 +452,18 @@ def prompts(count: int, tokens: int, encode: Callable[[str], list[int]]) -> list
     ("count", "new"), [(3, 40), pytest.param(20, 200, marks=pytest.mark.slow, id="20 prompts, 200 tokens")]
 )
 def test_a_real_model_says_what_it_says_to_generate(plan: MakePlan, count: int, new: int) -> None:
-    cell = plan("model.dtype=float32", "engine=loop", "cache=static", model="smollm2_135m").cells[0].config
-    assert cell is not None
-    loaded = load(cell.model, cell.engine)
-    plain, loop = by_generate(cell, loaded.model), make(cell, loaded.model, slots=32 + new)
+    cells = plan("model.dtype=float32", "engine=loop,fused", "cache=static", model="smollm2_135m").cells
+    configs = [cell.config for cell in cells if cell.config is not None]
+    loaded = load(configs[0].model, configs[0].engine)
+    plain = by_generate(configs[0], loaded.model)
+    ours = [make(cell, loaded.model, slots=32 + new) for cell in configs]
+    assert len(ours) == 2
     for prompt in prompts(count, 24, loaded.encode):
         wanted = plain.generate(prompt, new, seed=0, inspect=True)
-        found = loop.generate(prompt, new, seed=0, inspect=True)
-        assert found.tokens == wanted.tokens
-        assert largest_error(found.logits, wanted.logits) < 1e-3
+        for engine in ours:
+            found = engine.generate(prompt, new, seed=0, inspect=True)
+            assert found.tokens == wanted.tokens, type(engine).__name__
+            assert largest_error(found.logits, wanted.logits) < 1e-3
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
