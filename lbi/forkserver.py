@@ -165,8 +165,14 @@ def _import_all() -> str | None:
 
 @contextmanager
 def _asked_through_nvml(cuda: Any) -> Iterator[list[str]]:
-    """Answer what imports ask of a GPU without CUDA, and note the lines of those that initialize it all the same."""
+    """Answer what imports ask of a GPU without CUDA, and note the lines of those that initialize it all the same.
+
+    torchao asks for its capability and, through `has_triton`, for its properties.
+    """
+    from torch.utils import _triton
+
     asked, initialize, callers = cuda.get_device_capability, cuda._lazy_init, list[str]()
+    triton = _triton.has_triton
     capability = _capability_without_cuda() if cuda.is_available() else None
 
     def noted() -> None:
@@ -175,17 +181,19 @@ def _asked_through_nvml(cuda: Any) -> Iterator[list[str]]:
 
     if capability is not None:
         cuda.get_device_capability = lambda device=None: capability
+        usable = capability >= (7, 0) and _triton.has_triton_package()
+        _triton.has_triton = lambda: usable  # type: ignore[assignment]
     cuda._lazy_init = noted
     try:
         yield callers
     finally:
-        cuda.get_device_capability, cuda._lazy_init = asked, initialize
+        cuda.get_device_capability, cuda._lazy_init, _triton.has_triton = asked, initialize, triton
 
 
 def _capability_without_cuda() -> tuple[int, int] | None:
     """The compute capability of this machine's GPUs, from NVML; None where it cannot say or they differ.
 
-    torchao asks torch for it when it is imported, and no fork survives the way torch finds it.
+    No fork survives the way in which torch finds it.
     """
     try:
         import pynvml

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +18,22 @@ from lbi import forkserver
 from lbi.forkserver import ForkServer
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forking is used on Linux only")
+
+PRETENDED = """
+import sys, types
+sys.modules["pynvml"] = types.SimpleNamespace(
+    NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetCount=lambda: 1,
+    nvmlDeviceGetHandleByIndex=lambda index: index, nvmlDeviceGetCudaComputeCapability=lambda handle: (9, 0))
+import torch
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+torch._C._cuda_getCurrentRawStream = lambda device: 0
+begun = []
+torch.cuda._lazy_init = lambda: begun.append(1)
+torch.cuda.is_initialized = lambda: bool(begun)
+from lbi import forkserver
+print(forkserver._import_all())
+"""
+"""As much of a machine with a GPU as imports ask of."""
 
 MODULE = """
 import json, os, sys, time
@@ -122,3 +139,12 @@ def test_it_refuses_to_fork_beside_another_thread(monkeypatch: pytest.MonkeyPatc
 def test_it_refuses_what_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forkserver, "MODULES", ("lbi.no_such_module",))
     assert "does not import" in str(forkserver._import_all())
+
+
+def test_imports_on_a_machine_with_a_gpu_do_not_initialize_cuda() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PRETENDED], capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "initialized CUDA" not in done.stdout
