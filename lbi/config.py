@@ -155,6 +155,14 @@ class DecodingConfig:
     top_p: float | None = knob(
         "sampling: keep the likeliest tokens up to this probability", default=None, above=0.0, high=1.0
     )
+    min_p: float | None = knob(
+        "sampling: drop tokens less likely than this share of the likeliest", default=None, low=0.0, high=1.0
+    )
+    repetition_penalty: float | None = knob(
+        "sampling: divides the positive logits of tokens that prompt or text have already, multiplies the negative",
+        default=None,
+        above=0.0,
+    )
     seed: int | None = knob("sampling: seed of each repetition", default=None, low=0)
 
 

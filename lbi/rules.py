@@ -102,7 +102,7 @@ def unused_knob(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str |
             if getattr(compiler, name) != idle:
                 return f"compiler.{name} is for inductor; {compiler.name} compiles nothing"
     if decoding.kind == "greedy":
-        for name in ("temperature", "top_k", "top_p", "seed"):
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
             if getattr(decoding, name) is not None:
                 return f"decoding.{name} is for sampling; {decoding.name} is greedy"
     if config.cache.kind == "dynamic" and config.cache.max_len is not None:

@@ -14,6 +14,8 @@ from lbi.errors import InputError
 from lbi.quantizers import FAMILIES, method
 from lbi.typed import build, knob, plain
 
+SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}
+
 CONF = Path(__file__).parent.parent / "conf"
 
 
@@ -94,7 +96,7 @@ def test_every_option_lists_every_knob_that_it_reads(option: Path) -> None:
         made = build(get_type_hints(LbiConfig)[group], content, group)
         assert listed == {"name", "family", "method"} | method(made).knobs
     elif group == "decoding":
-        knobs = {"temperature", "top_k", "top_p", "seed"} if content["kind"] == "sampling" else set()
+        knobs = SAMPLING if content["kind"] == "sampling" else set()
         assert listed == {"name", "kind"} | knobs
     elif group == "engine":
         knobs = set() if content["kind"] == "hf" else {"tokens_per_graph"}

@@ -9,6 +9,7 @@ has come, not to the end of the cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,15 @@ import torch
 from torch.nn import functional as F
 
 from lbi.engines.fused_weights import give_back, matrix_of, refusal
-from lbi.engines.sampling import Choose
 from lbi.errors import Unsupported
 from lbi.kernels.decode_torch import Shape, TorchSteps, rotate, times
 from lbi.kernels.formats import Packed, interleaved, stacked
 
 WAY_OUT = "engine=loop runs any model of transformers with any quantizer"
+
+
+Choose = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""From logits (1, vocabulary), float32, and noise of the same shape to the next token, (1,)."""
 
 
 @dataclass(frozen=True, slots=True)
