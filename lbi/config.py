@@ -164,6 +164,15 @@ class DecodingConfig:
         above=0.0,
     )
     seed: int | None = knob("sampling: seed of each repetition", default=None, low=0)
+    speculative: Literal["lookup"] | None = knob(
+        "what drafts tokens that the model then verifies at once; lookup: what followed the same words before",
+        default=None,
+    )
+    draft_tokens: int | None = knob("speculative: tokens drafted at once, at most", default=None, low=1, high=32)
+    adaptive: bool = knob(
+        "speculative: twice as many drafts after all stood, half as many after less than half did", default=False
+    )
+    ngram: int | None = knob("lookup: longest ending of the text that is looked up, in tokens", default=None, low=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -54,6 +54,13 @@ class Rule:
 
 RULES: list[Rule] = []
 
+DRAFT_KNOBS = ("draft_tokens", "adaptive", "ngram")
+READ_BY: Mapping[str | None, frozenset[str]] = {
+    None: frozenset(),
+    "lookup": frozenset(DRAFT_KNOBS),
+}
+"""Knobs of decoding that each kind of speculation reads."""
+
 
 def rule(evidence: str) -> Callable[[Check], Check]:
     """Register a check under its function's name."""
@@ -105,6 +112,9 @@ def unused_knob(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str |
         for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
             if getattr(decoding, name) is not None:
                 return f"decoding.{name} is for sampling; {decoding.name} is greedy"
+    for name in DRAFT_KNOBS:
+        if name not in READ_BY[decoding.speculative] and getattr(decoding, name) not in (None, False):
+            return f"decoding.{name} is not read by {decoding.name}"
     if config.cache.kind == "dynamic" and config.cache.max_len is not None:
         return "cache.max_len is for a static cache; a dynamic one grows as needed"
     return _unused_engine_knob(config)
@@ -118,6 +128,30 @@ def _unused_engine_knob(config: LbiConfig) -> str | None:
         return f"engine.tokens_per_graph is for engine=loop and fused; {engine.name} launches one token at a time"
     if compiler.backend != "cudagraph":
         return f"engine.tokens_per_graph is for compiler=cudagraph; {compiler.name} launches one token at a time"
+    return None
+
+
+@rule("a draft of no tokens or from no text would be greedy decoding by another name")
+def speculation_is_complete(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    decoding = config.decoding
+    needed = READ_BY[decoding.speculative] & {"draft_tokens", "ngram"}
+    missing = [name for name in DRAFT_KNOBS if name in needed and getattr(decoding, name) is None]
+    return f"{decoding.name} needs decoding.{missing[0]}" if missing else None
+
+
+@rule(
+    "transformers 5.23.0: 'assisted generate is not supported with Static cache classes', and what it drafts is never "
+    "compiled; engine=loop rolls a static cache back by its counter"
+)
+def speculation_needs_own_loop(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.decoding.speculative is None:
+        return None
+    if config.engine.kind != "loop":
+        return f"{config.decoding.name} is verified by the loop of lbi's own: use engine=loop with cache=static"
+    if config.engine.tokens_per_graph > 1:
+        return "engine.tokens_per_graph is for one token after the other; a verification is a graph of its own"
+    if (facts.arch or {}).get("sliding_window") and (facts.arch or {}).get("use_sliding_window", True):
+        return "a sliding window has written over older tokens when drafts are dropped from it: use decoding=greedy"
     return None
 
 
@@ -377,7 +411,7 @@ def rsr_can_be_built(config: LbiConfig, facts: ModelFacts, machine: Machine) -> 
 @rule("positions beyond the trained context are not defined for the model")
 def fits_context(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     limit = (facts.arch or {}).get("max_position_embeddings")
-    needed = (config.workload.prompt_tokens or 0) + config.workload.new_tokens
+    needed = (config.workload.prompt_tokens or 0) + config.workload.new_tokens + (config.decoding.draft_tokens or 0)
     if limit and needed > limit:
         return f"{needed} tokens do not fit the model's context of {limit}"
     if config.cache.max_len is not None and config.cache.max_len < needed:

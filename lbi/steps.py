@@ -20,13 +20,20 @@ import torch
 
 from lbi import environment, identity, lossless, quality, roofline, rules
 from lbi.compilers import CompilerState, counters
-from lbi.config import CacheConfig, CompilerConfig, LbiConfig
+from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig
 from lbi.energy import EnergyMeter
 from lbi.engines import Engine, make, plain_engine, steps_to_look_at
 from lbi.errors import BadNumerics, Disturbed, NotApplied, RunFailure, Unsupported
 from lbi.files import BadFile, read_json, write_json
 from lbi.gpu_processes import ForeignWatch, named
-from lbi.metrics import Timing, model_bandwidth_utilization, prefill_flop, summarize
+from lbi.metrics import (
+    Speculation,
+    Timing,
+    model_bandwidth_utilization,
+    prefill_flop,
+    summarize,
+    summarize_speculation,
+)
 from lbi.models import known_facts
 from lbi.process import CpuWatch, PeakMemory, Phases
 from lbi.quantizers import assign, audit, autoquant, custom, gemlite, one_row
@@ -36,6 +43,7 @@ from lbi.record import Record
 from lbi.store import SCHEMA
 
 PLAIN_COMPILER = CompilerConfig(name="eager", backend="eager")
+PLAIN_DECODING = DecodingConfig(name="greedy", kind="greedy")
 PLAIN_CACHE = CacheConfig(name="dynamic", kind="dynamic")
 
 RECOMPILED = "recompiled"
@@ -143,6 +151,7 @@ def plain_path(
         return None
     with phases("plain path"):
         plain = replace(config, engine=plain_engine(config.engine), compiler=PLAIN_COMPILER, cache=PLAIN_CACHE)
+        plain = replace(plain, decoding=PLAIN_DECODING)
         engine = make(plain, model, slots=0)
         expected = engine.generate(prompt, config.workload.new_tokens, seed=0, inspect=True)
         at_once = engine.forward(prompt + expected.tokens[:-1])[len(prompt) - 1 :].float().cpu()
@@ -202,6 +211,7 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
     Raises `NotApplied` or `Disturbed` if too many are void.
     """
     wanted, valid, voids, joules = config.measure.repetitions, [], [], []
+    speculations: list[Speculation] = []
     tokens: list[int] = []
     others = ForeignWatch(config.engine.device)
     with phases("measure"), PeakMemory(config.engine.device) as peak:
@@ -220,11 +230,12 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
             tokens = tokens or generation.tokens
             valid.append(generation.timing)
             joules.append(meter.joules)
+            speculations += [generation.speculation] if generation.speculation else []
             if len(valid) == wanted:
                 break
     if len(valid) < wanted:
         raise _too_few(voids, len(valid), config.measure.void_budget)
-    record.metrics |= summarize(valid)
+    record.metrics |= summarize(valid) | summarize_speculation(speculations)
     record.metrics["void_samples"] = float(len(voids))
     record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
     record.effective |= others.report()
@@ -288,6 +299,8 @@ def place_on_roofline(
     whole = config.cache.kind == "static" and cache.get("reads") != "live"
     depth = cache["slots"] if whole else prompt_tokens + config.workload.new_tokens / 2
     bytes_per_token = roofline.bytes_per_token(model, layers, cache["bytes_per_slot"] * depth)
+    # A verification reads what a decode step reads, and gives several tokens.
+    bytes_per_token /= metrics.get("acceptance_length") or 1.0
     metrics["bytes_per_token"] = bytes_per_token
     with phases("roofline"):
         name = f"{request['env_id']}-{config.engine.threads or 'all'}-{config.model.dtype}"

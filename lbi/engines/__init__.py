@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from lbi.config import EngineConfig, LbiConfig
-from lbi.metrics import Timing
+from lbi.metrics import Speculation, Timing
 
 Mark = Callable[[int], AbstractContextManager[Any]]
 """Makes what surrounds a launch of decode steps; it is told the number of tokens that the launch makes."""
@@ -26,6 +26,7 @@ class Generation:
     timing: Timing
     logits: Any = None
     cache: dict[str, Any] = field(default_factory=dict)
+    speculation: Speculation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,10 @@ class Engine(Protocol):
 
 def make(config: LbiConfig, model: Any, slots: int) -> Engine:
     """The engine of a cell. `model` is already quantized; `slots` is the length of a static cache, in tokens."""
+    if config.engine.kind == "loop" and config.decoding.speculative is not None:
+        from lbi.engines.loop_speculative import SpeculativeLoop
+
+        return SpeculativeLoop(model, config, slots)
     if config.engine.kind == "loop":
         from lbi.engines.loop import LoopEngine
 

@@ -71,6 +71,9 @@ class Buffers:
 class LoopEngine:
     """engine=loop. `model` is already quantized; `slots` is the length of the cache, in tokens."""
 
+    _ahead = 0
+    """Slots beyond the text's last one that a step may write to."""
+
     def __init__(self, model: Any, config: LbiConfig, slots: int) -> None:
         if config.cache.kind != "static":
             raise InputError("cache", config.cache.name, "moves its keys and values", "engine=loop needs cache=static")
@@ -155,7 +158,7 @@ class LoopEngine:
             raise InputError("workload.prompt", None, "has no tokens", "Give a text of at least one token")
         if new_tokens < 1:
             raise InputError("workload.new_tokens", new_tokens, "must be at least 1")
-        needed = len(prompt) + new_tokens - 1
+        needed = len(prompt) + new_tokens - 1 + self._ahead
         if self.slots < needed:
             raise InputError(
                 "cache.max_len",
