@@ -14,8 +14,9 @@ from dataclasses import fields
 from typing import Any
 
 from lbi.config import IDENTITY, DecodingConfig, EngineConfig, LbiConfig, ModelConfig, QuantizerConfig
-from lbi.model_files import ModelFacts
-from lbi.quantizers.options import content
+from lbi.errors import InputError
+from lbi.model_files import ModelFacts, inspect
+from lbi.quantizers.options import content, draft_model, option
 from lbi.typed import plain
 
 VERSION = 1
@@ -64,7 +65,17 @@ def canonical_decoding(decoding: DecodingConfig) -> str:
     """The decoding section without what was added to it later and is not used: older runs keep their ids."""
     known = plain(decoding)
     later = {spec.name: spec.default for spec in fields(DecodingConfig) if spec.name not in FIRST_DECODING_KNOBS}
-    return canonical({name: value for name, value in known.items() if name not in later or value != later[name]})
+    kept = {name: value for name, value in known.items() if name not in later or value != later[name]}
+    if decoding.draft_quantizer is not None:
+        kept["draft_quantizer"] = content(option(decoding.draft_quantizer))
+    if decoding.draft is not None:
+        # In the target's own type, which is in the model's section.
+        model = draft_model(decoding.draft, "bfloat16")
+        try:
+            kept["draft"] = canonical_model(model, inspect(model))
+        except InputError as error:
+            raise InputError("decoding.draft", decoding.draft, error.problem, error.way_out) from error
+    return canonical(kept)
 
 
 def run_id(sections: Mapping[str, str]) -> str:

@@ -57,6 +57,7 @@ METRICS: dict[str, Metric] = {
         "token", "speculative: new tokens per verification, the model's own included", "higher"
     ),
     "acceptance_rate": Metric("1", "speculative: share of drafted tokens that stood", "higher"),
+    "draft_length": Metric("token", "speculative: tokens drafted per verification"),
     "draft_s": Metric("s", "speculative: time to draft and to prepare it, per verification", "lower"),
     "verify_s": Metric("s", "speculative: time of one verification", "lower"),
     "load_s": Metric("s", "reading the weights", "lower"),
@@ -127,6 +128,7 @@ def summarize_speculation(found: Sequence[Speculation]) -> dict[str, float | Non
     return {
         "acceptance_length": 1.0 + accepted / verifications,
         "acceptance_rate": accepted / drafted if drafted else None,
+        "draft_length": drafted / verifications,
         "draft_s": sum(one.draft_s for one in found) / verifications,
         "verify_s": sum(one.verify_s for one in found) / verifications,
     }

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any
 
-from lbi import environment
+from lbi import environment, speculation_rules
 from lbi.config import LbiConfig, QuantizerConfig
 from lbi.kernels import rsr_index
 from lbi.model_files import ModelFacts
 from lbi.quantizers import loaders, method, native, target
-from lbi.quantizers.options import parts
+from lbi.quantizers.options import parts, parts_of_draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,6 @@ class Rule:
 
 RULES: list[Rule] = []
 
-DRAFT_KNOBS = ("draft_tokens", "adaptive", "ngram")
-READ_BY: Mapping[str | None, frozenset[str]] = {
-    None: frozenset(),
-    "lookup": frozenset(DRAFT_KNOBS),
-}
-"""Knobs of decoding that each kind of speculation reads."""
-
 
 def rule(evidence: str) -> Callable[[Check], Check]:
     """Register a check under its function's name."""
@@ -76,7 +69,8 @@ def refuse(
     config: LbiConfig, facts: ModelFacts, machine: Machine, without: frozenset[str] = frozenset()
 ) -> tuple[Rule, str] | None:
     """The first rule against a cell with its reason, or None; the rules named in `without` are not asked."""
-    for part in (config, *(replace(config, quantizer=part) for part in parts(config.quantizer))):
+    named = [*parts(config.quantizer), *parts_of_draft(config.decoding)]
+    for part in (config, *(replace(config, quantizer=part) for part in named)):
         for candidate in RULES:
             reason = None if candidate.name in without else candidate.check(part, facts, machine)
             if reason is not None:
@@ -112,9 +106,9 @@ def unused_knob(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str |
         for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
             if getattr(decoding, name) is not None:
                 return f"decoding.{name} is for sampling; {decoding.name} is greedy"
-    for name in DRAFT_KNOBS:
-        if name not in READ_BY[decoding.speculative] and getattr(decoding, name) not in (None, False):
-            return f"decoding.{name} is not read by {decoding.name}"
+    unread = speculation_rules.unread(decoding)
+    if unread is not None:
+        return unread
     if config.cache.kind == "dynamic" and config.cache.max_len is not None:
         return "cache.max_len is for a static cache; a dynamic one grows as needed"
     return _unused_engine_knob(config)
@@ -133,10 +127,7 @@ def _unused_engine_knob(config: LbiConfig) -> str | None:
 
 @rule("a draft of no tokens or from no text would be greedy decoding by another name")
 def speculation_is_complete(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
-    decoding = config.decoding
-    needed = READ_BY[decoding.speculative] & {"draft_tokens", "ngram"}
-    missing = [name for name in DRAFT_KNOBS if name in needed and getattr(decoding, name) is None]
-    return f"{decoding.name} needs decoding.{missing[0]}" if missing else None
+    return speculation_rules.incomplete(config.decoding, facts)
 
 
 @rule(
@@ -144,15 +135,7 @@ def speculation_is_complete(config: LbiConfig, facts: ModelFacts, machine: Machi
     "compiled; engine=loop rolls a static cache back by its counter"
 )
 def speculation_needs_own_loop(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
-    if config.decoding.speculative is None:
-        return None
-    if config.engine.kind != "loop":
-        return f"{config.decoding.name} is verified by the loop of lbi's own: use engine=loop with cache=static"
-    if config.engine.tokens_per_graph > 1:
-        return "engine.tokens_per_graph is for one token after the other; a verification is a graph of its own"
-    if (facts.arch or {}).get("sliding_window") and (facts.arch or {}).get("use_sliding_window", True):
-        return "a sliding window has written over older tokens when drafts are dropped from it: use decoding=greedy"
-    return None
+    return speculation_rules.impossible(config, facts)
 
 
 @rule("sampling without a temperature or a seed could not be repeated")

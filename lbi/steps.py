@@ -21,6 +21,7 @@ import torch
 from lbi import environment, identity, lossless, quality, roofline, rules
 from lbi.compilers import CompilerState, counters
 from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig
+from lbi.draft_models import Draft
 from lbi.energy import EnergyMeter
 from lbi.engines import Engine, make, plain_engine, steps_to_look_at
 from lbi.errors import BadNumerics, Disturbed, NotApplied, RunFailure, Unsupported
@@ -38,7 +39,7 @@ from lbi.models import known_facts
 from lbi.process import CpuWatch, PeakMemory, Phases
 from lbi.quantizers import assign, audit, autoquant, custom, gemlite, one_row
 from lbi.quantizers.int8_layers import quantize_embeddings
-from lbi.quantizers.options import option, part_names, parts
+from lbi.quantizers.options import PLAIN, option, part_names, parts
 from lbi.record import Record
 from lbi.store import SCHEMA
 
@@ -110,6 +111,29 @@ def quantize(
         "cores": environment.cores(),
         "torch": torch.__version__,
     }
+    return layers
+
+
+def quantize_draft(config: LbiConfig, draft: Draft | None, record: Record, phases: Phases) -> list[audit.Layer]:
+    """Quantize and audit the model that drafts, if there is one; its linear layers as found.
+
+    Raises `NotApplied` where they are not as asked.
+    """
+    if draft is None:
+        return []
+    chosen = config.decoding.draft_quantizer
+    wanted = option(chosen) if chosen else PLAIN
+    before = CompilerState.take()
+    assignment = assign.by_name(draft.model, wanted)
+    with phases("quantize the draft"):
+        assign.apply(draft.model, assignment)
+    before.restore()
+    layers = audit.read_layers(draft.model, frozenset(assignment))
+    audit.check(layers, assignment, wanted.name)
+    gc.collect()
+    blocks = draft.model.config.num_hidden_layers
+    found = {"weights": audit.summarize(layers), "layers": blocks, "shares_cache": draft.shares_cache}
+    record.effective["draft"] = found
     return layers
 
 
@@ -289,6 +313,7 @@ def place_on_roofline(
     request: dict[str, Any],
     model: Any,
     layers: list[audit.Layer],
+    draft: tuple[Any, list[audit.Layer]] | None,
     prompt_tokens: int,
     record: Record,
     phases: Phases,
@@ -299,6 +324,11 @@ def place_on_roofline(
     whole = config.cache.kind == "static" and cache.get("reads") != "live"
     depth = cache["slots"] if whole else prompt_tokens + config.workload.new_tokens / 2
     bytes_per_token = roofline.bytes_per_token(model, layers, cache["bytes_per_slot"] * depth)
+    if draft is not None:
+        own = cache.get("draft", cache)
+        share = draft[0].config.num_hidden_layers / model.config.num_hidden_layers if own is cache else 1.0
+        once = roofline.bytes_per_token(*draft, own["bytes_per_slot"] * depth * share)
+        bytes_per_token += once * float(metrics.get("draft_length") or 0.0)
     # A verification reads what a decode step reads, and gives several tokens.
     bytes_per_token /= metrics.get("acceptance_length") or 1.0
     metrics["bytes_per_token"] = bytes_per_token

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from test_loop_engine import SHAPES, Operators, shape
 from lbi import identity, rules, steps
 from lbi.compilers import counters
 from lbi.config import DecodingConfig, LbiConfig
+from lbi.draft_models import Draft, load_draft, shared_copy
 from lbi.engines import Graphs, make
 from lbi.engines.lookup import Lookup
 from lbi.engines.sampling import chooser, probabilities
@@ -154,7 +158,9 @@ def test_times_are_the_verifications_and_the_last_is_cut(config: MakeConfig) -> 
     assert timing.end == 4.25
     assert speculation == Speculation(2, 7, 5, pytest.approx(0.6), pytest.approx(2.4))
     found = summarize_speculation([speculation, speculation])
-    assert found == pytest.approx({"acceptance_length": 3.5, "acceptance_rate": 5 / 7, "draft_s": 0.3, "verify_s": 1.2})
+    assert found == pytest.approx(
+        {"acceptance_length": 3.5, "acceptance_rate": 5 / 7, "draft_length": 3.5, "draft_s": 0.3, "verify_s": 1.2}
+    )
     assert summarize_speculation([Speculation(3, 0, 0, 0.1, 0.2)])["acceptance_rate"] is None
     assert summarize_speculation([]) == {}
 
@@ -329,6 +335,153 @@ def test_the_device_is_asked_once_a_verification(config: MakeConfig) -> None:
     # The first token.
     assert found.asked == 1
     assert not found.seen & {"is_nonzero", "nonzero", "equal", "multinomial"}
+
+
+SAMPLED = ["decoding.kind=sampling", "decoding.temperature=0.8", "decoding.seed=0"]
+
+
+def drafted_by(cell: LbiConfig, model: Any, draft: Any, slots: int) -> Any:
+    """An engine whose draft is quantized as the cell says."""
+    phases = Phases(Path())
+    steps.quantize_draft(cell, draft, Record(Path(), phases), phases)
+    return make(cell, model, slots, draft)
+
+
+@pytest.mark.parametrize("name", ["gqa3-80", "gqa8-128-tied-llama3"])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        ["decoding=speculative_self", "decoding.draft_quantizer=hqq4", "decoding.draft_layers=1"],
+        ["decoding=speculative_draft", "decoding.adaptive=true"],
+    ],
+)
+def test_drafts_of_a_model_leave_the_text_as_it_is(config: MakeConfig, name: str, knobs: list[str]) -> None:
+    greedy, cell = config(arch=SHAPES[name]), config(*knobs, arch=SHAPES[name])
+    model = load(greedy.model, greedy.engine).model
+    plain = make(greedy, model, slots=80)
+    other = load(replace(greedy.model, seed=5), greedy.engine).model
+    draft = load_draft(cell, model) if cell.decoding.speculative == "self" else Draft(other, shares_cache=False)
+    engine = drafted_by(cell, model, draft, slots=80)
+    for length, new in ((11, 30), (1, 9), (20, 2)):
+        prompt = [(7 * index + length) % 300 for index in range(length)]
+        wanted = plain.generate(prompt, new, seed=0).tokens
+        found = engine.generate(prompt, new, seed=0)
+        assert found.tokens == wanted
+        assert found.speculation.drafted > 0
+
+
+@pytest.mark.parametrize(
+    ("compiler", "shares_cache", "knobs"),
+    [
+        *(("eager", shares_cache, knobs) for shares_cache in (True, False) for knobs in ([], SAMPLED)),
+        ("inductor", True, SAMPLED),
+        ("inductor", False, []),
+    ],
+)
+def test_a_draft_that_is_the_model_is_always_right(
+    config: MakeConfig, compiler: str, shares_cache: bool, knobs: list[str]
+) -> None:
+    """Which it is only if each of its steps sees what the model sees: caches, positions, what was dropped."""
+    arch = SHAPES["gqa3-80"]
+    cell = config("decoding=speculative_draft", "decoding.draft=tiny_random", f"compiler={compiler}", *knobs, arch=arch)
+    model = load(cell.model, cell.engine).model
+    engine: Any = make(cell, model, 60, Draft(shared_copy(model), shares_cache))
+    if compiler != "eager":
+        engine.compile()
+    for prompt, new in (([1, 2, 3], 31), ([5], 16)):
+        found = engine.generate(prompt, new, seed=3)
+        assert found.speculation.accepted == found.speculation.drafted
+        assert found.speculation.verifications == (new - 1) // 5
+
+
+def test_a_draft_recovers_from_what_was_wrong(config: MakeConfig) -> None:
+    """With the model itself as the draft, spoilt now and then, all other drafts stand."""
+    cell = config("decoding=speculative_draft", "decoding.draft=tiny_random", arch=SHAPES["gqa3-80"])
+    model = load(cell.model, cell.engine).model
+    for shares_cache in (True, False):
+        engine: Any = make(cell, model, 90, Draft(shared_copy(model), shares_cache))
+        engine.generate([1, 2, 3], 2, seed=0)
+        drafter, turns = engine._drafter, []
+        propose = drafter.propose
+
+        def spoilt(count: int, propose: Any = propose, turns: list[int] = turns, engine: Any = engine) -> int:
+            propose(count)
+            turns.append(len(turns) % 5)
+            if turns[-1] < 4:
+                engine.drafts.tokens[turns[-1]].add_(1).remainder_(301)
+            return count
+
+        drafter.propose = spoilt
+        found = engine.generate([1, 2, 3], 1 + 3 * (1 + 2 + 3 + 4 + 5), seed=0)
+        assert (found.speculation.verifications, found.speculation.accepted) == (15, 3 * (0 + 1 + 2 + 3 + 4))
+
+
+def test_a_draft_shares_what_it_does_not_quantize(config: MakeConfig) -> None:
+    cell = config("decoding=speculative_self", "decoding.draft_quantizer=native_w4", "quantizer=int8_wo")
+    model = load(cell.model, cell.engine).model
+    draft = load_draft(cell, model)
+    assert draft is not None
+    original = model.model.layers[0].mlp.up_proj.weight
+    assert draft.model.model.layers[0].mlp.up_proj.weight is original
+    phases = Phases(Path())
+    record = Record(Path(), phases)
+    steps.quantize(cell, model, [1, 2, 3], Path("tuning.json"), record, phases)
+    layers = steps.quantize_draft(cell, draft, record, phases)
+    assert draft.model.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert {layer.seen.kind for layer in layers if layer.seen.quantized} == {"NativeLinear[w4, torch]"}
+    assert record.effective["draft"]["weights"]["quantized_fraction"] > 0
+    assert record.effective["weights"] != record.effective["draft"]["weights"]
+
+
+def test_a_draft_that_does_not_fit_is_refused(config: MakeConfig) -> None:
+    cell = config()
+    model = load(cell.model, cell.engine).model
+    short = config("decoding=speculative_self", "decoding.draft_quantizer=null", "decoding.draft_layers=2")
+    with pytest.raises(InputError, match="is not fewer than the model's 2"):
+        load_draft(short, model)
+    model.config.vocab_size = 7
+    same = config("decoding=speculative_draft", "decoding.draft=tiny_random")
+    with pytest.raises(Unsupported, match="tokens in its vocabulary and the model 7"):
+        load_draft(same, model)
+    with pytest.raises(InputError, match=r"decoding\.draft=no/such/folder: there is no such folder"):
+        config("decoding=speculative_draft", "decoding.draft=no/such/folder")
+
+
+def test_what_drafts_is_part_of_the_identity(plan: MakePlan) -> None:
+    knobs = ["engine=loop", "cache=static", "decoding=speculative_self"]
+    cells = plan(
+        *knobs, "decoding.draft_quantizer=native_w4,native_w2,int8_wo,null", "decoding.draft_layers=1,null"
+    ).cells
+    wanted = [RUN] * 7 + [PRUNED]
+    assert sorted(cell.verdict for cell in cells) == sorted(wanted)
+    assert len({cell.run_id for cell in cells if cell.verdict == RUN}) == 7
+    (gpu_only,) = plan(*knobs, "decoding.draft_quantizer=gemlite_a16w4").cells
+    assert (gpu_only.verdict, gpu_only.rule) == (PRUNED, "hardware_fits")
+    (without,) = plan(*knobs[:2], "decoding=speculative_draft", "decoding.draft=null").cells
+    assert "needs decoding.draft" in without.reason
+
+
+@pytest.mark.parametrize(
+    "knobs", [["decoding=speculative_lookup"], ["decoding=speculative_self", "decoding.draft_quantizer=int8_wo"]]
+)
+def test_a_run_says_what_was_accepted(run_lbi: Callable[..., Any], tmp_path: Path, knobs: list[str]) -> None:
+    ran = run_lbi(
+        *["-m", "model=tiny_random", "model.dtype=float32", "engine=loop", "cache=static", "tracker=none", *knobs],
+        *["measure=quick", "workload.new_tokens=12", "sweep.name=drafts", "quality=off"],
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    with (tmp_path / "store" / "sweeps" / "drafts" / "results.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    effective = json.loads((Path(row["folder"]) / "effective.json").read_text())
+    assert effective["lossless"]["verdict"] == "equal"
+    assert float(row["acceptance_length"]) >= 1
+    assert float(row["verify_s"]) > 0
+    if "lookup" not in knobs[0]:
+        assert effective["draft"]["weights"]["quantized_fraction"] > 0
+        assert float(row["draft_length"]) == 4
+        passes = float(row["bytes_per_token"]) * float(row["acceptance_length"])
+        assert passes > 2 * float(row["weight_bytes"]) / 4
 
 
 def test_what_cannot_forget_is_refused(config: MakeConfig) -> None:

@@ -63,12 +63,15 @@ class Engine(Protocol):
         """While it is open, each launch of decode steps happens inside a `mark(tokens)`; the prefill does not."""
 
 
-def make(config: LbiConfig, model: Any, slots: int) -> Engine:
-    """The engine of a cell. `model` is already quantized; `slots` is the length of a static cache, in tokens."""
+def make(config: LbiConfig, model: Any, slots: int, draft: Any = None) -> Engine:
+    """The engine of a cell. `model` is already quantized; `slots` is the length of a static cache, in tokens.
+
+    `draft` is the `Draft` of speculative decoding by a model.
+    """
     if config.engine.kind == "loop" and config.decoding.speculative is not None:
         from lbi.engines.loop_speculative import SpeculativeLoop
 
-        return SpeculativeLoop(model, config, slots)
+        return SpeculativeLoop(model, config, slots, draft)
     if config.engine.kind == "loop":
         from lbi.engines.loop import LoopEngine
 

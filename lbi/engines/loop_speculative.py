@@ -14,9 +14,11 @@ import torch
 
 from lbi.config import LbiConfig
 from lbi.cuda_graphs import GraphedCall, require_device_counters
+from lbi.draft_models import Draft
 from lbi.engines import Generation, Graphs
 from lbi.engines.cache import describe_cache
 from lbi.engines.loop import Buffers, LoopEngine
+from lbi.engines.model_drafter import ModelDrafter
 from lbi.engines.speculation import Drafter, LookupDrafter, Speculator
 from lbi.engines.verification import Drafts, require_rewindable, verify_step
 
@@ -24,8 +26,9 @@ from lbi.engines.verification import Drafts, require_rewindable, verify_step
 class SpeculativeLoop(LoopEngine):
     """engine=loop, decoding=speculative_*: an `Engine` to a run and a `Target` to its `Speculator`."""
 
-    def __init__(self, model: Any, config: LbiConfig, slots: int) -> None:
+    def __init__(self, model: Any, config: LbiConfig, slots: int, draft: Draft | None = None) -> None:
         super().__init__(model, config, slots)
+        self._draft = draft
         self._ahead = config.decoding.draft_tokens or 0
         vocabulary = model.get_output_embeddings().weight.shape[0]
         self.drafts = Drafts.make(config.decoding, vocabulary, model.device)
@@ -46,6 +49,7 @@ class SpeculativeLoop(LoopEngine):
         self._check(prompt, new_tokens)
         with torch.no_grad():
             if self._drafter is None:
+                self.prepare([])
                 self._drafter = self._make_drafter()
             speculator = Speculator(self.config.decoding, self.device, self._drafter, self.drafts)
             return speculator.generate(self, prompt, new_tokens, seed=seed, inspect=inspect, mark=self._mark)
@@ -54,7 +58,10 @@ class SpeculativeLoop(LoopEngine):
         """See `Engine.graphs`."""
         if self._graphed is None:
             return None
-        return Graphs(len(self._verifications), sum(graph.replays for graph in self._verifications.values()))
+        graphs = [*self._verifications.values()]
+        if isinstance(self._drafter, ModelDrafter):
+            graphs += self._drafter.graphs.values()
+        return Graphs(len(graphs), sum(graph.replays for graph in graphs))
 
     def prepare(self, counts: Sequence[int]) -> None:
         """See `Target.prepare`."""
@@ -72,7 +79,9 @@ class SpeculativeLoop(LoopEngine):
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Target.prefill`."""
-        return self._prefill(ids[None], self._prepared())
+        buffers = self._prepared()
+        buffers.tokens[: ids.shape[0]] = ids
+        return self._prefill(ids[None], buffers)
 
     def last_token(self) -> int:
         """See `Target.last_token`."""
@@ -91,7 +100,11 @@ class SpeculativeLoop(LoopEngine):
 
     def describe_cache(self) -> dict[str, Any]:
         """See `Target.describe_cache`."""
-        return describe_cache(self._prepared().cache)
+        found = describe_cache(self._prepared().cache)
+        if isinstance(self._drafter, ModelDrafter) and not self._drafter.draft.shares_cache:
+            own = describe_cache(self._drafter.cache)
+            found["draft"] = {name: own[name] for name in ("class", "bytes", "bytes_per_slot")}
+        return found
 
     def _prepared(self) -> Buffers:
         if self._own is None:
@@ -105,4 +118,6 @@ class SpeculativeLoop(LoopEngine):
         return self._verify(*own, *self.drafts.first(count))
 
     def _make_drafter(self) -> Drafter:
-        return LookupDrafter(self.drafts, self.config.decoding.ngram or 1)
+        if self._draft is None:
+            return LookupDrafter(self.drafts, self.config.decoding.ngram or 1)
+        return ModelDrafter(self._draft, self.config, self._prepared(), self.drafts, self.slots)

@@ -128,7 +128,8 @@ class Speculator:
         """See `Engine.generate`. Tokens of one verification have its end as their time; what is too much is cut off."""
         clock, pace = Clock(self.device), Pace(self.decoding)
         counts = pace.counts()
-        target.prepare([0, *counts])
+        # A lookup may find nothing, a model always says something.
+        target.prepare([0, *counts] if self.decoding.speculative == "lookup" else counts)
         self.drafter.prepare(counts)
         ids = torch.tensor(prompt, device=self.drafts.tokens.device)
         torch.manual_seed(seed)
@@ -136,8 +137,8 @@ class Speculator:
             torch.cuda.synchronize()
         clock.mark()
         logits = [target.prefill(ids)]
-        clock.mark()
         self.drafter.begin(prompt)
+        clock.mark()
         tokens = [target.last_token()]
         self.drafter.extend(tokens)
         turns: list[tuple[int, int]] = []
