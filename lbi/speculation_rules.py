@@ -45,8 +45,8 @@ def impossible(config: LbiConfig, facts: ModelFacts) -> str | None:
         return None
     if config.engine.kind == "hf":
         return f"{config.decoding.name} is verified by the loop of lbi's own: use engine=loop with cache=static"
-    if config.engine.kind == "fused":
-        return f"engine=fused makes one token at a time; {config.decoding.name} is for engine=loop"
+    if config.engine.kind == "fused" and config.decoding.speculative != "lookup":
+        return f"engine=fused has no model to draft with; {config.decoding.name} is for engine=loop"
     if config.engine.tokens_per_graph > 1:
         return "engine.tokens_per_graph is for one token after the other; a verification is a graph of its own"
     arch = facts.arch or {}

@@ -111,9 +111,17 @@ def test_a_lookup_finds_what_a_plain_search_finds() -> None:
         lookup.extend([token])
 
 
-@pytest.mark.parametrize("name", ["gqa3-80", "gqa8-128-tied-llama3", "no-rope"])
-def test_greedy_tokens_do_not_depend_on_what_was_drafted(config: MakeConfig, name: str) -> None:
-    greedy, cell = config(arch=SHAPES[name]), config(LOOKUP, "decoding.draft_tokens=4", arch=SHAPES[name])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("loop", name) for name in ("gqa3-80", "gqa8-128-tied-llama3", "no-rope")),
+        *(("fused", name) for name in ("gqa1-64-tied", "gqa3-80", "gqa8-128-tied-llama3")),
+    ],
+)
+def test_greedy_tokens_do_not_depend_on_what_was_drafted(config: MakeConfig, kind: str, name: str) -> None:
+    engine_is = f"engine={kind}"
+    greedy = config(engine_is, arch=SHAPES[name])
+    cell = config(engine_is, LOOKUP, "decoding.draft_tokens=4", arch=SHAPES[name])
     model = load(greedy.model, greedy.engine).model
     plain = make(greedy, model, slots=80)
     for length, new in ((11, 30), (1, 9), (20, 2)):
@@ -129,7 +137,7 @@ def test_greedy_tokens_do_not_depend_on_what_was_drafted(config: MakeConfig, nam
             assert found.tokens == wanted.tokens
             assert found.logits.shape == wanted.logits.shape
             assert float((found.logits - wanted.logits).abs().max() / wanted.logits.abs().max()) < 1e-5
-            assert found.cache["class"] == "StaticCache"
+            assert found.cache["class"] == {"loop": "StaticCache", "fused": "FusedCache"}[kind]
             tally = found.speculation
             assert tally.drafted == 4 * tally.verifications
             if wrong == 1:
@@ -254,18 +262,21 @@ def test_each_row_has_seen_the_drafts_before_it() -> None:
     assert torch.equal(seen_by_row(seen, torch.tensor([], dtype=torch.long)), seen)
 
 
-def test_a_seed_draws_the_same_text_again_and_penalties_count_what_stood(config: MakeConfig) -> None:
+@pytest.mark.parametrize("kind", ["loop", "fused"])
+def test_a_seed_draws_the_same_text_again_and_penalties_count_what_stood(config: MakeConfig, kind: str) -> None:
     knobs = ["decoding.kind=sampling", "decoding.temperature=0.9", "decoding.seed=0", "decoding.repetition_penalty=50"]
-    cell = config(LOOKUP, *knobs, "decoding.draft_tokens=3", arch=shape(4, 2, 32, initializer_range=0.02))
+    arch = shape(4, 2, 32, initializer_range=0.02)
+    cell = config(f"engine={kind}", LOOKUP, *knobs, "decoding.draft_tokens=3", arch=arch)
     model = load(cell.model, cell.engine).model
     engine: Any = make(cell, model, slots=80)
     one, two = (engine.generate([1, 2, 3], 30, seed=seed).tokens for seed in (1, 2))
     assert one != two
     assert engine.generate([1, 2, 3], 30, seed=1).tokens == one
     # The last verification may have gone on beyond the thirtieth token.
-    text = engine._own.tokens[3 : int(engine._own.position) + 1].tolist()
+    own, seen = (engine._own, engine._own.seen) if kind == "loop" else (engine.llama.steps, engine._seen)
+    text = own.tokens[3 : int(own.position) + 1].tolist()
     assert text[:30] == one
-    assert engine._own.seen[0].nonzero()[:, 0].tolist() == sorted({1, 2, 3, *text})
+    assert seen[0].nonzero()[:, 0].tolist() == sorted({1, 2, 3, *text})
 
 
 @pytest.mark.parametrize("knobs", [[], ["decoding.kind=sampling", "decoding.temperature=0.8", "decoding.seed=0"]])
@@ -510,13 +521,14 @@ def test_what_cannot_forget_is_refused(config: MakeConfig) -> None:
         ([LOOKUP, "engine=loop", "cache=static", "decoding.ngram=null"], "speculation_is_complete", "decoding.ngram"),
         ([LOOKUP, "engine=loop", "cache=static", "decoding.top_k=3"], "unused_knob", "decoding.top_k"),
         (["+decoding.draft_tokens=3"], "unused_knob", "decoding.draft_tokens"),
+        (["decoding=speculative_self", "engine=fused", "cache=static"], "speculation_needs_own_loop", "engine=loop"),
     ],
 )
 def test_what_cannot_be_is_pruned(plan: MakePlan, overrides: list[str], rule: str, part: str) -> None:
     cell = plan(*overrides).cells[0]
     assert (cell.verdict, cell.rule) == (PRUNED, rule)
     assert part in cell.reason
-    assert plan(LOOKUP, "engine=loop", "cache=static").cells[0].verdict == RUN
+    assert [cell.verdict for cell in plan(LOOKUP, "engine=loop,fused", "cache=static").cells] == [RUN, RUN]
 
 
 def test_drafts_are_part_of_the_identity_where_they_are_used(plan: MakePlan) -> None:

@@ -76,6 +76,10 @@ def make(config: LbiConfig, model: Any, slots: int, draft: Any = None) -> Engine
         from lbi.engines.loop import LoopEngine
 
         return LoopEngine(model, config, slots)
+    if config.engine.kind == "fused" and config.decoding.speculative is not None:
+        from lbi.engines.fused_speculative import SpeculativeFused
+
+        return SpeculativeFused(model, config, slots)
     if config.engine.kind == "fused":
         from lbi.engines.fused import FusedEngine
 

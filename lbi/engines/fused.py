@@ -33,6 +33,9 @@ class FusedEngine:
     Raises `Unsupported` where the model or a layer of it cannot be read.
     """
 
+    _ahead = 0
+    """Slots beyond the text's last one that a step may write to."""
+
     def __init__(self, model: Any, config: LbiConfig, slots: int) -> None:
         if config.cache.kind != "static":
             raise InputError("cache", config.cache.name, "moves its keys and values", "engine=fused needs cache=static")
@@ -107,7 +110,7 @@ class FusedEngine:
             raise InputError("workload.prompt", None, "has no tokens", "Give a text of at least one token")
         if new_tokens < 1:
             raise InputError("workload.new_tokens", new_tokens, "must be at least 1")
-        needed = len(prompt) + new_tokens - 1
+        needed = len(prompt) + new_tokens - 1 + self._ahead
         if self.slots < needed:
             raise InputError(
                 "cache.max_len",
