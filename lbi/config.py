@@ -155,7 +155,32 @@ class DecodingConfig:
     top_p: float | None = knob(
         "sampling: keep the likeliest tokens up to this probability", default=None, above=0.0, high=1.0
     )
+    min_p: float | None = knob(
+        "sampling: drop tokens less likely than this share of the likeliest", default=None, low=0.0, high=1.0
+    )
+    repetition_penalty: float | None = knob(
+        "sampling: divides the positive logits of tokens that prompt or text have already, multiplies the negative",
+        default=None,
+        above=0.0,
+    )
     seed: int | None = knob("sampling: seed of each repetition", default=None, low=0)
+    speculative: Literal["lookup", "draft", "self"] | None = knob(
+        "what drafts tokens that the model then verifies at once; lookup: what followed the same words before; "
+        "draft: another model; self: the same weights at fewer bits, with the keys and values of the model itself",
+        default=None,
+    )
+    draft_tokens: int | None = knob("speculative: tokens drafted at once, at most", default=None, low=1, high=32)
+    adaptive: bool = knob(
+        "speculative: twice as many drafts after all stood, half as many after less than half did", default=False
+    )
+    draft: str | None = knob("draft: a model that drafts, an option's name, a folder or hub id", default=None)
+    draft_quantizer: str | None = knob(
+        "draft and self: how the draft's weights are stored, an option with knobs if wanted: native_w4 group_size=64; "
+        "null: as they are loaded",
+        default=None,
+    )
+    draft_layers: int | None = knob("self: blocks that the draft has, the first ones; null: all", default=None, low=1)
+    ngram: int | None = knob("lookup: longest ending of the text that is looked up, in tokens", default=None, low=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

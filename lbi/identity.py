@@ -10,15 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
-from lbi.config import IDENTITY, EngineConfig, LbiConfig, ModelConfig, QuantizerConfig
-from lbi.model_files import ModelFacts
-from lbi.quantizers.options import content
+from lbi.config import IDENTITY, DecodingConfig, EngineConfig, LbiConfig, ModelConfig, QuantizerConfig
+from lbi.errors import InputError
+from lbi.model_files import ModelFacts, inspect
+from lbi.quantizers.options import content, draft_model, option
 from lbi.typed import plain
 
 VERSION = 1
 """Part of every run_id: raised when the same configuration comes to mean another measurement."""
+
+FIRST_DECODING_KNOBS = frozenset({"name", "kind", "temperature", "top_k", "top_p", "seed"})
+"""Knobs that have always been part of a run's identity, used or not."""
 
 DISPLAY_ONLY = frozenset({"name", "note"})
 
@@ -56,6 +61,23 @@ def canonical_engine(engine: EngineConfig) -> str:
     return canonical(known)
 
 
+def canonical_decoding(decoding: DecodingConfig) -> str:
+    """The decoding section without what was added to it later and is not used: older runs keep their ids."""
+    known = plain(decoding)
+    later = {spec.name: spec.default for spec in fields(DecodingConfig) if spec.name not in FIRST_DECODING_KNOBS}
+    kept = {name: value for name, value in known.items() if name not in later or value != later[name]}
+    if decoding.draft_quantizer is not None:
+        kept["draft_quantizer"] = content(option(decoding.draft_quantizer))
+    if decoding.draft is not None:
+        # In the target's own type, which is in the model's section.
+        model = draft_model(decoding.draft, "bfloat16")
+        try:
+            kept["draft"] = canonical_model(model, inspect(model))
+        except InputError as error:
+            raise InputError("decoding.draft", decoding.draft, error.problem, error.way_out) from error
+    return canonical(kept)
+
+
 def run_id(sections: Mapping[str, str]) -> str:
     """12 hex digits over the `canonical` text of each section in `IDENTITY`."""
     text = "\n".join(f"{name}:{sections[name]}" for name in sorted(IDENTITY))
@@ -68,6 +90,7 @@ def run_id_of(config: LbiConfig, facts: ModelFacts) -> str:
     made["model"] = canonical_model(config.model, facts)
     made["quantizer"] = canonical_quantizer(config.quantizer)
     made["engine"] = canonical_engine(config.engine)
+    made["decoding"] = canonical_decoding(config.decoding)
     return run_id(made)
 
 

@@ -53,6 +53,13 @@ METRICS: dict[str, Metric] = {
     "one_row_error": Metric(
         "1", "largest relative error of a layer's output for one row, held against its output for a prompt's rows"
     ),
+    "acceptance_length": Metric(
+        "token", "speculative: new tokens per verification, the model's own included", "higher"
+    ),
+    "acceptance_rate": Metric("1", "speculative: share of drafted tokens that stood", "higher"),
+    "draft_length": Metric("token", "speculative: tokens drafted per verification"),
+    "draft_s": Metric("s", "speculative: time to draft and to prepare it, per verification", "lower"),
+    "verify_s": Metric("s", "speculative: time of one verification", "lower"),
     "load_s": Metric("s", "reading the weights", "lower"),
     "quantize_s": Metric("s", "quantizing them", "lower"),
     "compile_s": Metric("s", "the first call less the median of the timed ones", "lower"),
@@ -99,6 +106,32 @@ class Timing:
             "tpot_s": self.tpot_s(),
             "generate_tok_s": len(self.tokens) / (self.end - self.start),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """What drafts came to in one generation. `draft_s` and `verify_s` are seconds of all its verifications."""
+
+    verifications: int
+    drafted: int
+    accepted: int
+    draft_s: float
+    verify_s: float
+
+
+def summarize_speculation(found: Sequence[Speculation]) -> dict[str, float | None]:
+    """The metrics of speculative decoding over all repetitions; none where there was no verification."""
+    verifications = sum(one.verifications for one in found)
+    drafted, accepted = sum(one.drafted for one in found), sum(one.accepted for one in found)
+    if not verifications:
+        return {}
+    return {
+        "acceptance_length": 1.0 + accepted / verifications,
+        "acceptance_rate": accepted / drafted if drafted else None,
+        "draft_length": drafted / verifications,
+        "draft_s": sum(one.draft_s for one in found) / verifications,
+        "verify_s": sum(one.verify_s for one in found) / verifications,
+    }
 
 
 @dataclass(frozen=True, slots=True)

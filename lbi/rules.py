@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any
 
-from lbi import environment
+from lbi import environment, speculation_rules
 from lbi.config import LbiConfig, QuantizerConfig
 from lbi.kernels import rsr_index
 from lbi.model_files import ModelFacts
 from lbi.quantizers import loaders, method, native, target
-from lbi.quantizers.options import parts
+from lbi.quantizers.options import parts, parts_of_draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ def refuse(
     config: LbiConfig, facts: ModelFacts, machine: Machine, without: frozenset[str] = frozenset()
 ) -> tuple[Rule, str] | None:
     """The first rule against a cell with its reason, or None; the rules named in `without` are not asked."""
-    for part in (config, *(replace(config, quantizer=part) for part in parts(config.quantizer))):
+    named = [*parts(config.quantizer), *parts_of_draft(config.decoding)]
+    for part in (config, *(replace(config, quantizer=part) for part in named)):
         for candidate in RULES:
             reason = None if candidate.name in without else candidate.check(part, facts, machine)
             if reason is not None:
@@ -102,9 +103,12 @@ def unused_knob(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str |
             if getattr(compiler, name) != idle:
                 return f"compiler.{name} is for inductor; {compiler.name} compiles nothing"
     if decoding.kind == "greedy":
-        for name in ("temperature", "top_k", "top_p", "seed"):
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
             if getattr(decoding, name) is not None:
                 return f"decoding.{name} is for sampling; {decoding.name} is greedy"
+    unread = speculation_rules.unread(decoding)
+    if unread is not None:
+        return unread
     if config.cache.kind == "dynamic" and config.cache.max_len is not None:
         return "cache.max_len is for a static cache; a dynamic one grows as needed"
     return _unused_engine_knob(config)
@@ -119,6 +123,19 @@ def _unused_engine_knob(config: LbiConfig) -> str | None:
     if compiler.backend != "cudagraph":
         return f"engine.tokens_per_graph is for compiler=cudagraph; {compiler.name} launches one token at a time"
     return None
+
+
+@rule("a draft of no tokens or from no text would be greedy decoding by another name")
+def speculation_is_complete(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    return speculation_rules.incomplete(config.decoding, facts)
+
+
+@rule(
+    "transformers 5.23.0: 'assisted generate is not supported with Static cache classes', and what it drafts is never "
+    "compiled; engine=loop rolls a static cache back by its counter"
+)
+def speculation_needs_own_loop(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    return speculation_rules.impossible(config, facts)
 
 
 @rule("sampling without a temperature or a seed could not be repeated")
@@ -377,7 +394,7 @@ def rsr_can_be_built(config: LbiConfig, facts: ModelFacts, machine: Machine) -> 
 @rule("positions beyond the trained context are not defined for the model")
 def fits_context(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     limit = (facts.arch or {}).get("max_position_embeddings")
-    needed = (config.workload.prompt_tokens or 0) + config.workload.new_tokens
+    needed = (config.workload.prompt_tokens or 0) + config.workload.new_tokens + (config.decoding.draft_tokens or 0)
     if limit and needed > limit:
         return f"{needed} tokens do not fit the model's context of {limit}"
     if config.cache.max_len is not None and config.cache.max_len < needed:

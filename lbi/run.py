@@ -62,6 +62,7 @@ def _classify(error: Exception) -> tuple[str, str]:
 
 def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Phases) -> None:
     from lbi import steps
+    from lbi.draft_models import load_draft
     from lbi.engines import make
     from lbi.look_inside import look_inside
     from lbi.models import fit_tokens, load, read_text
@@ -73,17 +74,20 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     sample = loaded.encode(read_text("text:chat"))
     workload = config.workload
     prompt = fit_tokens(loaded.encode(read_text(workload.prompt)), workload.prompt_tokens)
-    needed = len(prompt) + workload.new_tokens
+    # A verification writes its drafts behind the text's end, whether they stand or not.
+    needed = len(prompt) + workload.new_tokens + (config.decoding.draft_tokens or 0)
     slots = config.cache.max_len or needed
     if slots < needed:
         raise InputError(
             "cache.max_len", slots, f"is too short for {needed} tokens", "Set it to null for what is needed"
         )
+    draft = load_draft(config, loaded.model)
     layers = steps.quantize(config, loaded.model, sample, tuning, record, phases)
+    draft_layers = steps.quantize_draft(config, draft, record, phases)
     steps.check_one_row(config, loaded.model, layers, len(prompt), record, phases)
     check = steps.plain_path(config, loaded.model, prompt, phases)
     # Made after it: engine=fused turns the model's layers into views of its own matrices.
-    engine = make(config, loaded.model, slots)
+    engine = make(config, loaded.model, slots, draft)
     layers = steps.read_again(config, loaded.model, layers)
     steps.warm_up(config, engine, prompt, record, phases)
     steps.keep_tuning(layers, tuning)
@@ -91,7 +95,8 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     if check is not None:
         record.effective["lossless"] = check(tokens)
     record.text = {"prompt_tokens": len(prompt), "tokens": tokens, "text": loaded.decode(tokens)}
-    steps.place_on_roofline(config, request, loaded.model, layers, len(prompt), record, phases)
+    drafting = (draft.model, draft_layers) if draft else None
+    steps.place_on_roofline(config, request, loaded.model, layers, drafting, len(prompt), record, phases)
     steps.score(config, request, engine, tokens, record, phases)
     look_inside(config, engine, loaded.model, prompt, layers, record, phases)
     steps.trace(config, engine, prompt, record, phases)

@@ -20,22 +20,31 @@ import torch
 
 from lbi import environment, identity, lossless, quality, roofline, rules
 from lbi.compilers import CompilerState, counters
-from lbi.config import CacheConfig, CompilerConfig, LbiConfig
+from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig
+from lbi.draft_models import Draft
 from lbi.energy import EnergyMeter
 from lbi.engines import Engine, make, plain_engine, steps_to_look_at
 from lbi.errors import BadNumerics, Disturbed, NotApplied, RunFailure, Unsupported
 from lbi.files import BadFile, read_json, write_json
 from lbi.gpu_processes import ForeignWatch, named
-from lbi.metrics import Timing, model_bandwidth_utilization, prefill_flop, summarize
+from lbi.metrics import (
+    Speculation,
+    Timing,
+    model_bandwidth_utilization,
+    prefill_flop,
+    summarize,
+    summarize_speculation,
+)
 from lbi.models import known_facts
 from lbi.process import CpuWatch, PeakMemory, Phases
 from lbi.quantizers import assign, audit, autoquant, custom, gemlite, one_row
 from lbi.quantizers.int8_layers import quantize_embeddings
-from lbi.quantizers.options import option, part_names, parts
+from lbi.quantizers.options import PLAIN, option, part_names, parts
 from lbi.record import Record
 from lbi.store import SCHEMA
 
 PLAIN_COMPILER = CompilerConfig(name="eager", backend="eager")
+PLAIN_DECODING = DecodingConfig(name="greedy", kind="greedy")
 PLAIN_CACHE = CacheConfig(name="dynamic", kind="dynamic")
 
 RECOMPILED = "recompiled"
@@ -105,6 +114,29 @@ def quantize(
     return layers
 
 
+def quantize_draft(config: LbiConfig, draft: Draft | None, record: Record, phases: Phases) -> list[audit.Layer]:
+    """Quantize and audit the model that drafts, if there is one; its linear layers as found.
+
+    Raises `NotApplied` where they are not as asked.
+    """
+    if draft is None:
+        return []
+    chosen = config.decoding.draft_quantizer
+    wanted = option(chosen) if chosen else PLAIN
+    before = CompilerState.take()
+    assignment = assign.by_name(draft.model, wanted)
+    with phases("quantize the draft"):
+        assign.apply(draft.model, assignment)
+    before.restore()
+    layers = audit.read_layers(draft.model, frozenset(assignment))
+    audit.check(layers, assignment, wanted.name)
+    gc.collect()
+    blocks = draft.model.config.num_hidden_layers
+    found = {"weights": audit.summarize(layers), "layers": blocks, "shares_cache": draft.shares_cache}
+    record.effective["draft"] = found
+    return layers
+
+
 def read_again(config: LbiConfig, model: Any, layers: list[audit.Layer]) -> list[audit.Layer]:
     """The layers as the engine has left them: what was read before would keep weights that were moved."""
     if config.engine.kind != "fused":
@@ -143,6 +175,7 @@ def plain_path(
         return None
     with phases("plain path"):
         plain = replace(config, engine=plain_engine(config.engine), compiler=PLAIN_COMPILER, cache=PLAIN_CACHE)
+        plain = replace(plain, decoding=PLAIN_DECODING)
         engine = make(plain, model, slots=0)
         expected = engine.generate(prompt, config.workload.new_tokens, seed=0, inspect=True)
         at_once = engine.forward(prompt + expected.tokens[:-1])[len(prompt) - 1 :].float().cpu()
@@ -202,6 +235,7 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
     Raises `NotApplied` or `Disturbed` if too many are void.
     """
     wanted, valid, voids, joules = config.measure.repetitions, [], [], []
+    speculations: list[Speculation] = []
     tokens: list[int] = []
     others = ForeignWatch(config.engine.device)
     with phases("measure"), PeakMemory(config.engine.device) as peak:
@@ -220,11 +254,12 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
             tokens = tokens or generation.tokens
             valid.append(generation.timing)
             joules.append(meter.joules)
+            speculations += [generation.speculation] if generation.speculation else []
             if len(valid) == wanted:
                 break
     if len(valid) < wanted:
         raise _too_few(voids, len(valid), config.measure.void_budget)
-    record.metrics |= summarize(valid)
+    record.metrics |= summarize(valid) | summarize_speculation(speculations)
     record.metrics["void_samples"] = float(len(voids))
     record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
     record.effective |= others.report()
@@ -278,6 +313,7 @@ def place_on_roofline(
     request: dict[str, Any],
     model: Any,
     layers: list[audit.Layer],
+    draft: tuple[Any, list[audit.Layer]] | None,
     prompt_tokens: int,
     record: Record,
     phases: Phases,
@@ -288,6 +324,13 @@ def place_on_roofline(
     whole = config.cache.kind == "static" and cache.get("reads") != "live"
     depth = cache["slots"] if whole else prompt_tokens + config.workload.new_tokens / 2
     bytes_per_token = roofline.bytes_per_token(model, layers, cache["bytes_per_slot"] * depth)
+    if draft is not None:
+        own = cache.get("draft", cache)
+        share = draft[0].config.num_hidden_layers / model.config.num_hidden_layers if own is cache else 1.0
+        once = roofline.bytes_per_token(*draft, own["bytes_per_slot"] * depth * share)
+        bytes_per_token += once * float(metrics.get("draft_length") or 0.0)
+    # A verification reads what a decode step reads, and gives several tokens.
+    bytes_per_token /= metrics.get("acceptance_length") or 1.0
     metrics["bytes_per_token"] = bytes_per_token
     with phases("roofline"):
         name = f"{request['env_id']}-{config.engine.threads or 'all'}-{config.model.dtype}"

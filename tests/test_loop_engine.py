@@ -141,14 +141,24 @@ def test_quantized_weights_give_generates_tokens_too(
 
 
 @pytest.mark.parametrize(
-    "settings", [[], ["decoding.top_k=null", "decoding.top_p=0.8"], ["decoding.top_k=5", "decoding.temperature=2.0"]]
+    "settings",
+    [
+        [],
+        ["decoding.top_k=null", "decoding.top_p=0.8"],
+        ["decoding.top_k=5", "decoding.temperature=2.0"],
+        ["decoding.top_k=null", "decoding.min_p=0.2"],
+        ["decoding.top_p=0.9", "decoding.min_p=0.01", "decoding.repetition_penalty=1.8"],
+        ["decoding.repetition_penalty=0.6"],
+    ],
 )
+@pytest.mark.parametrize("engine", ["loop", "fused"])
 def test_a_seed_draws_the_tokens_that_generate_draws_for_it(
-    config: Callable[..., LbiConfig], settings: list[str]
+    config: Callable[..., LbiConfig], engine: str, settings: list[str]
 ) -> None:
-    cell = config("decoding=sampling", *settings, arch=shape(4, 2, 32, initializer_range=0.1))
+    cell = config("decoding=sampling", f"engine={engine}", *settings, arch=shape(4, 2, 32, initializer_range=0.1))
     model = load(cell.model, cell.engine).model
-    loop, plain = make(cell, model, slots=64), by_generate(cell, model)
+    plain = by_generate(cell, model)
+    loop = make(cell, model, slots=64)
     drawn = {seed: loop.generate([1, 2, 3], 20, seed=seed).tokens for seed in (1, 2)}
     assert drawn[1] != drawn[2]
     for seed, tokens in drawn.items():
@@ -165,7 +175,14 @@ def test_the_likeliest_of_one_is_greedy(config: Callable[..., LbiConfig]) -> Non
 
 @pytest.mark.parametrize(
     ("settings", "allowed"),
-    [({}, [0, 1, 2, 3, 4]), ({"top_k": 3}, [0, 1, 2]), ({"top_p": 0.75}, [0, 1]), ({"top_k": 9}, [0, 1, 2, 3, 4])],
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"top_k": 3}, [0, 1, 2]),
+        ({"top_p": 0.75}, [0, 1]),
+        ({"top_k": 9}, [0, 1, 2, 3, 4]),
+        ({"min_p": 0.15}, [0, 1, 2]),
+        ({"min_p": 1.0}, [0]),
+    ],
 )
 def test_tokens_are_drawn_as_often_as_their_probability_says(settings: dict[str, Any], allowed: list[int]) -> None:
     decoding = DecodingConfig(name="sampling", kind="sampling", temperature=0.5, seed=0, **settings)
@@ -215,9 +232,9 @@ def test_attention_is_not_the_slow_kind(config: Callable[..., LbiConfig]) -> Non
         engine.generate(list(range(21)), 8, seed=0)
 
 
-@pytest.mark.parametrize("decoding", ["greedy", "sampling"])
-def test_the_whole_step_is_one_compiled_graph(config: Callable[..., LbiConfig], decoding: str) -> None:
-    cell = config("compiler=inductor", f"decoding={decoding}")
+@pytest.mark.parametrize("knobs", [["decoding=greedy"], ["decoding=sampling", "decoding.repetition_penalty=1.3"]])
+def test_the_whole_step_is_one_compiled_graph(config: Callable[..., LbiConfig], knobs: list[str]) -> None:
+    cell = config("compiler=inductor", *knobs)
     model = load(cell.model, cell.engine).model
     eager, compiled = make(cell, model, slots=40), make(cell, model, slots=40)
     before = counters()
@@ -245,7 +262,8 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["gqa3-80", "gqa4-96-llama3", "no-rope"])
 def test_no_number_of_the_device_is_asked_for(config: Callable[..., LbiConfig], name: str) -> None:
     """On a CPU nothing waits, but what would is an operator there as well."""
-    cell = config("decoding=sampling", "decoding.top_p=0.9", arch=SHAPES[name])
+    knobs = ["decoding.top_p=0.9", "decoding.min_p=0.01", "decoding.repetition_penalty=1.1"]
+    cell = config("decoding=sampling", *knobs, arch=SHAPES[name])
     model = load(cell.model, cell.engine).model
     asking = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "multinomial"}
     with Operators() as generate:
@@ -366,6 +384,19 @@ def test_runs_of_generate_keep_their_ids(plan: MakePlan) -> None:
     assert with_knob.run_id == cell.run_id == identity.run_id_of(cell.config, ModelFacts(None, None, None))
     loops = plan("engine=loop", "cache=static", "compiler=cudagraph", "engine.tokens_per_graph=1,2").cells
     assert len({loop.run_id for loop in (cell, *loops)}) == 3
+
+
+def test_knobs_of_decoding_that_came_later_leave_older_runs_their_ids(plan: MakePlan) -> None:
+    def text(*overrides: str) -> str:
+        found = plan(*overrides).cells[0].config
+        assert found is not None
+        return identity.canonical_decoding(found.decoding)
+
+    greedy = '{"kind":"greedy","seed":null,"temperature":null,"top_k":null,"top_p":null}'
+    sampling = '{"kind":"sampling","seed":0,"temperature":0.8,"top_k":200,"top_p":null}'
+    assert text() == greedy
+    assert text("decoding=sampling") == sampling
+    assert text("decoding=sampling", "decoding.min_p=0.1") == sampling.replace('"seed"', '"min_p":0.1,"seed"')
 
 
 def test_the_loop_is_never_the_plain_path_itself(config: Callable[..., LbiConfig], tmp_path: Path) -> None:

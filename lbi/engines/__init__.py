@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from lbi.config import EngineConfig, LbiConfig
-from lbi.metrics import Timing
+from lbi.metrics import Speculation, Timing
 
 Mark = Callable[[int], AbstractContextManager[Any]]
 """Makes what surrounds a launch of decode steps; it is told the number of tokens that the launch makes."""
@@ -26,6 +26,7 @@ class Generation:
     timing: Timing
     logits: Any = None
     cache: dict[str, Any] = field(default_factory=dict)
+    speculation: Speculation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,23 @@ class Engine(Protocol):
         """While it is open, each launch of decode steps happens inside a `mark(tokens)`; the prefill does not."""
 
 
-def make(config: LbiConfig, model: Any, slots: int) -> Engine:
-    """The engine of a cell. `model` is already quantized; `slots` is the length of a static cache, in tokens."""
+def make(config: LbiConfig, model: Any, slots: int, draft: Any = None) -> Engine:
+    """The engine of a cell. `model` is already quantized; `slots` is the length of a static cache, in tokens.
+
+    `draft` is the `Draft` of speculative decoding by a model.
+    """
+    if config.engine.kind == "loop" and config.decoding.speculative is not None:
+        from lbi.engines.loop_speculative import SpeculativeLoop
+
+        return SpeculativeLoop(model, config, slots, draft)
     if config.engine.kind == "loop":
         from lbi.engines.loop import LoopEngine
 
         return LoopEngine(model, config, slots)
+    if config.engine.kind == "fused" and config.decoding.speculative is not None:
+        from lbi.engines.fused_speculative import SpeculativeFused
+
+        return SpeculativeFused(model, config, slots)
     if config.engine.kind == "fused":
         from lbi.engines.fused import FusedEngine
 

@@ -15,10 +15,13 @@ class LoopCache(StaticCache):  # type: ignore[misc]
     """
 
     empty = False
+    length: int | None = None
+    """Tokens that it holds, where the host knows; None to ask the counter, as a captured graph must."""
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Tokens before the first query: transformers' answer, or 0 without looking where that is known."""
-        return 0 if self.empty else super().get_query_offset(layer_idx)
+        known = 0 if self.empty else self.length
+        return super().get_query_offset(layer_idx) if known is None else known
 
 
 def describe_cache(cache: Any) -> dict[str, Any]:

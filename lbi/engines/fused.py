@@ -19,7 +19,7 @@ from lbi.cuda_graphs import GraphedCall
 from lbi.engines import Generation, Graphs, Mark
 from lbi.engines.clock import Clock
 from lbi.engines.fused_llama import Llama
-from lbi.engines.sampling import chooser
+from lbi.engines.sampling import asks_what_was_seen, chooser, note_seen
 from lbi.errors import InputError
 from lbi.metrics import Timing
 
@@ -33,15 +33,20 @@ class FusedEngine:
     Raises `Unsupported` where the model or a layer of it cannot be read.
     """
 
+    _ahead = 0
+    """Slots beyond the text's last one that a step may write to."""
+
     def __init__(self, model: Any, config: LbiConfig, slots: int) -> None:
         if config.cache.kind != "static":
             raise InputError("cache", config.cache.name, "moves its keys and values", "engine=fused needs cache=static")
         self.config, self.slots, self.device = config, slots, config.engine.device
         self.llama = Llama(model, slots)
         self.tokens_at_once = config.engine.tokens_per_graph
-        self._choose = None if config.decoding.kind == "greedy" else chooser(config.decoding)
+        self._choose = chooser(config.decoding)
+        sampled, penalized = config.decoding.kind == "sampling", asks_what_was_seen(config.decoding)
         vocabulary = (1, self.llama.head.rows)
-        self._noise = torch.empty(vocabulary, device=self.llama.device) if self._choose is not None else None
+        self._noise = torch.empty(vocabulary, device=self.llama.device) if sampled else None
+        self._seen = torch.zeros(vocabulary, device=self.llama.device, dtype=torch.bool) if penalized else None
         self._graphed: dict[int, GraphedCall] | None = None
         self._mark: Mark = lambda tokens: nullcontext()
 
@@ -105,7 +110,7 @@ class FusedEngine:
             raise InputError("workload.prompt", None, "has no tokens", "Give a text of at least one token")
         if new_tokens < 1:
             raise InputError("workload.new_tokens", new_tokens, "must be at least 1")
-        needed = len(prompt) + new_tokens - 1
+        needed = len(prompt) + new_tokens - 1 + self._ahead
         if self.slots < needed:
             raise InputError(
                 "cache.max_len",
@@ -126,6 +131,8 @@ class FusedEngine:
 
     def _reset(self) -> None:
         self.llama.steps.position.zero_()
+        if self._seen is not None:
+            self._seen.zero_()
 
     def _prefill(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed the prompt (tokens,) and choose the first new token; its logits, (1, vocabulary)."""
@@ -133,20 +140,23 @@ class FusedEngine:
         logits = llama.logits(llama.prefill(ids)[-1:])
         llama.steps.tokens[:count] = ids
         llama.steps.position.fill_(count - 1)
-        llama.steps.put(self._chosen(logits))
+        if self._seen is not None:
+            self._seen.zero_()
+        note_seen(self._seen, ids)
+        llama.steps.put(self._take(logits, None if self._noise is None else self._noise.exponential_()))
         return logits
 
-    def _chosen(self, logits: torch.Tensor) -> torch.Tensor:
-        if self._choose is None or self._noise is None:
-            return logits.argmax(-1)
-        return self._choose(logits, self._noise.exponential_())
+    def _take(self, logits: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        chosen = self._choose(logits, noise, self._seen)
+        note_seen(self._seen, chosen)
+        return chosen
 
     def _run(self, count: int) -> list[torch.Tensor]:
         """`count` decode steps; see `Steps`."""
         logits = []
         for turn in range(count):
             noise = None if self._noise is None else self._noise.exponential_()
-            logits.append(self.llama.step(self._choose, noise, turn))
+            logits.append(self.llama.step(None if noise is None else self._take, noise, turn))
         return logits
 
     def _describe_cache(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ has come, not to the end of the cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,15 @@ import torch
 from torch.nn import functional as F
 
 from lbi.engines.fused_weights import give_back, matrix_of, refusal
-from lbi.engines.sampling import Choose
 from lbi.errors import Unsupported
 from lbi.kernels.decode_torch import Shape, TorchSteps, rotate, times
 from lbi.kernels.formats import Packed, interleaved, stacked
 
 WAY_OUT = "engine=loop runs any model of transformers with any quantizer"
+
+
+Choose = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""From logits (1, vocabulary), float32, and noise of the same shape to the next token, (1,)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +94,49 @@ class Llama:
         stream = self.table(tokens).float()
         shape, count = self.shape, tokens.shape[0]
         cos, sin = self._angles(count)
-        sizes = [shape.heads * shape.width, shape.kv_heads * shape.width, shape.kv_heads * shape.width]
         for layer in self.layers:
-            qkv = product(self._normed(stream, layer.attention_gain), layer.qkv)
-            q, k, v = (part.view(count, -1, shape.width).transpose(0, 1) for part in qkv.split(sizes, dim=1))
-            q, k = rotate(q, cos, sin).to(self.dtype), rotate(k, cos, sin).to(self.dtype)
+            q, k, v = self._heads(product(self._normed(stream, layer.attention_gain), layer.qkv), cos, sin)
             if keep:
                 layer.keys[:, :count], layer.values[:, :count] = k, v
             mixed = F.scaled_dot_product_attention(
                 q[None], k[None], v[None], is_causal=True, enable_gqa=shape.heads != shape.kv_heads
             )
-            stream = stream + product(mixed[0].transpose(0, 1).reshape(count, -1), layer.out)
-            gate, up = product(self._normed(stream, layer.mlp_gain), layer.gate_up).view(count, -1, 2).unbind(2)
-            stream = stream + product(F.silu(gate) * up, layer.down)
+            stream = self._behind_attention(stream, mixed[0].transpose(0, 1).reshape(count, -1), layer)
         return stream
+
+    def extend(self, tokens: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """Logits (T, vocabulary) float32 of (T,) tokens that stand at `where` (T,), behind what the cache has.
+
+        Attention goes over the whole cache under a mask, so nothing about the shapes depends on how far the text is.
+        """
+        shape, count = self.shape, tokens.shape[0]
+        stream = self.table(tokens).float()
+        cos, sin = self.cos.index_select(0, where), self.sin.index_select(0, where)
+        sees = torch.arange(shape.slots, device=where.device)[None] <= where[:, None]
+        for layer in self.layers:
+            q, k, v = self._heads(product(self._normed(stream, layer.attention_gain), layer.qkv), cos, sin)
+            layer.keys.index_copy_(1, where, k)
+            layer.values.index_copy_(1, where, v)
+            mixed = F.scaled_dot_product_attention(
+                q[None], layer.keys[None], layer.values[None], sees, enable_gqa=shape.heads != shape.kv_heads
+            )
+            stream = self._behind_attention(stream, mixed[0].transpose(0, 1).reshape(count, -1), layer)
+        return self.logits(stream)
+
+    def _heads(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values (heads, T, width), turned to their positions, of a product (T, rows)."""
+        shape, count = self.shape, qkv.shape[0]
+        sizes = [shape.heads * shape.width, shape.kv_heads * shape.width, shape.kv_heads * shape.width]
+        q, k, v = (part.view(count, -1, shape.width).transpose(0, 1) for part in qkv.split(sizes, dim=1))
+        return rotate(q, cos, sin).to(self.dtype), rotate(k, cos, sin).to(self.dtype), v
+
+    def _behind_attention(self, stream: torch.Tensor, mixed: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """The stream (T, hidden) behind a block, whose attention gave `mixed` (T, heads * width)."""
+        stream = stream + product(mixed, layer.out)
+        gate, up = product(self._normed(stream, layer.mlp_gain), layer.gate_up).view(len(stream), -1, 2).unbind(2)
+        return stream + product(F.silu(gate) * up, layer.down)
 
     def logits(self, stream: torch.Tensor) -> torch.Tensor:
         """(..., vocabulary) float32 of a stream (..., hidden)."""

@@ -161,6 +161,8 @@ class HfEngine:
                 # 0 and 1.0 switch the two filters off; unset, generate() would apply its own.
                 "top_k": decoding.top_k or 0,
                 "top_p": decoding.top_p or 1.0,
+                "min_p": decoding.min_p,
+                "repetition_penalty": decoding.repetition_penalty or 1.0,
             }
         static: dict[str, Any] = {}
         if cache.kind == "static" and self.graphed is None:

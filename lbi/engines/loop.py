@@ -30,7 +30,7 @@ from lbi.cuda_graphs import GraphedCall, require_device_counters
 from lbi.engines import Generation, Graphs, Mark
 from lbi.engines.cache import LoopCache, describe_cache
 from lbi.engines.clock import Clock
-from lbi.engines.sampling import Choose, chooser
+from lbi.engines.sampling import Choose, asks_what_was_seen, chooser, note_seen
 from lbi.errors import InputError
 from lbi.metrics import Timing
 
@@ -44,7 +44,8 @@ class Buffers:
 
     `token` (1, 1) is fed next, at `position` (1,), counted from 0. `tokens` (slots + 1,) has every
     token at its position; the last one is never fed, so it may lie beyond the last slot. `noise`
-    (1, vocabulary), float32, is drawn anew for each token; None where nothing is sampled.
+    (1, vocabulary), float32, is drawn anew for each token; None where nothing is sampled. `seen`, bool of
+    the same shape, marks the tokens so far; None where nothing depends on them.
     """
 
     cache: LoopCache
@@ -52,11 +53,14 @@ class Buffers:
     position: torch.Tensor
     tokens: torch.Tensor
     noise: torch.Tensor | None
+    seen: torch.Tensor | None
 
     def reset(self) -> None:
         """Back to before the first token."""
         self.cache.reset()
         self.position.zero_()
+        if self.seen is not None:
+            self.seen.zero_()
 
     def draw(self) -> None:
         """New noise for the next token."""
@@ -66,6 +70,9 @@ class Buffers:
 
 class LoopEngine:
     """engine=loop. `model` is already quantized; `slots` is the length of the cache, in tokens."""
+
+    _ahead = 0
+    """Slots beyond the text's last one that a step may write to."""
 
     def __init__(self, model: Any, config: LbiConfig, slots: int) -> None:
         if config.cache.kind != "static":
@@ -151,7 +158,7 @@ class LoopEngine:
             raise InputError("workload.prompt", None, "has no tokens", "Give a text of at least one token")
         if new_tokens < 1:
             raise InputError("workload.new_tokens", new_tokens, "must be at least 1")
-        needed = len(prompt) + new_tokens - 1
+        needed = len(prompt) + new_tokens - 1 + self._ahead
         if self.slots < needed:
             raise InputError(
                 "cache.max_len",
@@ -183,10 +190,12 @@ class LoopEngine:
         # One token through the model allocates every layer's slots, which a compiled prefill must not do.
         logits = self.model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].float()
         noise = torch.empty_like(logits) if self.config.decoding.kind == "sampling" else None
-        for tensor in (token, position, tokens, *([] if noise is None else [noise])):
-            # Without this inductor's own CUDA graphs (mode=reduce-overhead) refuse inputs that are written to.
-            torch._dynamo.mark_static_address(tensor)
-        return Buffers(cache, token, position, tokens, noise)
+        seen = torch.zeros_like(logits, dtype=torch.bool) if asks_what_was_seen(self.config.decoding) else None
+        for tensor in (token, position, tokens, noise, seen):
+            if tensor is not None:
+                # Without this inductor's own CUDA graphs (mode=reduce-overhead) refuse inputs that are written to.
+                torch._dynamo.mark_static_address(tensor)
+        return Buffers(cache, token, position, tokens, noise, seen)
 
     def _prefill(self, ids: torch.Tensor, buffers: Buffers) -> torch.Tensor:
         """Feed the prompt (1, tokens) and choose the first new token; its logits, (1, vocabulary)."""
@@ -197,7 +206,10 @@ class LoopEngine:
         buffers.cache.empty = False
         buffers.position.fill_(length - 1)
         buffers.draw()
-        keep(self._choose(logits, buffers.noise), buffers.token, buffers.position, buffers.tokens)
+        note_seen(buffers.seen, ids[0])
+        chosen = self._choose(logits, buffers.noise, buffers.seen)
+        keep(chosen, buffers.token, buffers.position, buffers.tokens)
+        note_seen(buffers.seen, chosen)
         return logits
 
     def _run(self, count: int, buffers: Buffers) -> list[torch.Tensor]:
@@ -205,7 +217,8 @@ class LoopEngine:
         logits = []
         for _ in range(count):
             buffers.draw()
-            logits.append(self._step(buffers.token, buffers.position, buffers.tokens, buffers.noise, buffers.cache))
+            own = (buffers.token, buffers.position, buffers.tokens, buffers.noise, buffers.seen, buffers.cache)
+            logits.append(self._step(*own))
         return logits
 
 
@@ -216,10 +229,17 @@ def decode_step(model: Any, choose: Choose, names: frozenset[str]) -> Callable[.
     """
 
     def step(
-        token: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor | None, cache: LoopCache
+        token: torch.Tensor,
+        position: torch.Tensor,
+        tokens: torch.Tensor,
+        noise: torch.Tensor | None,
+        seen: torch.Tensor | None,
+        cache: LoopCache,
     ) -> torch.Tensor:
         logits = last_logits(model, token, position[None], cache, names)
-        keep(choose(logits, noise), token, position, tokens)
+        chosen = choose(logits, noise, seen)
+        keep(chosen, token, position, tokens)
+        note_seen(seen, chosen)
         return logits
 
     return step

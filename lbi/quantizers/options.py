@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from lbi.config import QuantizerConfig
+from lbi.config import DecodingConfig, ModelConfig, QuantizerConfig
 from lbi.errors import InputError
 from lbi.places import conf_folder
 from lbi.quantizers import loaders, target
@@ -63,6 +63,26 @@ def parts(config: QuantizerConfig) -> Iterator[QuantizerConfig]:
     for name in part_names(config):
         if name not in config.candidates:
             yield option(name)
+
+
+@cache
+def draft_model(text: str, dtype: str) -> ModelConfig:
+    """The model that `decoding.draft` names: an option of the group model, or a folder or hub id in `dtype`."""
+    import yaml
+
+    file = conf_folder() / "model" / f"{text}.yaml"
+    if file.is_file():
+        found: ModelConfig = build(ModelConfig, yaml.safe_load(file.read_text()), "model")
+        return replace(found, dtype=dtype)  # type: ignore[arg-type]
+    return ModelConfig(name=text, source="hf", path=text, dtype=dtype)  # type: ignore[arg-type]
+
+
+def parts_of_draft(decoding: DecodingConfig) -> Iterator[QuantizerConfig]:
+    """The options that must work for the draft of speculative decoding to be made."""
+    if decoding.draft_quantizer is not None:
+        named = option(decoding.draft_quantizer)
+        yield named
+        yield from parts(named)
 
 
 def content(config: QuantizerConfig) -> dict[str, Any]:
