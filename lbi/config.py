@@ -172,7 +172,9 @@ class WorkloadConfig:
     """What is generated from what."""
 
     name: str = knob("name shown in tables")
-    prompt: str = knob("the prompt itself, or `text:NAME` for a text of lbi/texts")
+    prompt: str = knob(
+        "the prompt itself, `text:NAME` for a text of lbi/texts, or `rounds:NAME` for a long one made of it"
+    )
     prompt_tokens: int | None = knob(
         "cut or repeat the prompt to this many tokens; null: as it is", default=None, low=1
     )

@@ -73,6 +73,7 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     sample = loaded.encode(read_text("text:chat"))
     workload = config.workload
     prompt = fit_tokens(loaded.encode(read_text(workload.prompt)), workload.prompt_tokens)
+    steps.check_context(config, loaded.model, len(prompt))
     needed = len(prompt) + workload.new_tokens
     slots = config.cache.max_len or needed
     if slots < needed:

@@ -61,6 +61,17 @@ def check_request(config: LbiConfig, request: dict[str, Any]) -> None:
         raise Unsupported(f"{own[0].target} was edited after the plan was made; the same command runs it anew")
 
 
+def check_context(config: LbiConfig, model: Any, prompt_tokens: int) -> None:
+    """Refuse a prompt of its own length that the plan could not count. Raises `Unsupported`."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    needed = prompt_tokens + config.workload.new_tokens
+    if config.sweep.prune and limit and needed > limit:
+        raise Unsupported(
+            f"the workload's {prompt_tokens} + {config.workload.new_tokens} tokens do not fit the model's context of "
+            f"{limit}; workload.prompt_tokens cuts the prompt"
+        )
+
+
 def quantize(
     config: LbiConfig, model: Any, sample: list[int], tuning: Path, record: Record, phases: Phases
 ) -> list[audit.Layer]:
