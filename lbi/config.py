@@ -165,6 +165,17 @@ class CacheConfig:
     name: str = knob("name shown in tables")
     kind: Literal["dynamic", "static"] = knob("dynamic grows by a token a step; static is allocated once")
     max_len: int | None = knob("static: slots, in tokens; null: exactly what the workload needs", default=None, low=1)
+    format: Literal["int8", "fp8", "int4"] | None = knob(
+        "static: how keys and values are stored, with scales; null: in the model's own type", default=None
+    )
+    group_size: int | None = knob(
+        "low-bit: values of one head and token that share a scale; null: the whole head", default=None, low=1
+    )
+
+    @property
+    def lossless(self) -> bool:
+        """Whether exact arithmetic would give the tokens of a dynamic cache."""
+        return self.format is None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

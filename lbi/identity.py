@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lbi.config import IDENTITY, EngineConfig, LbiConfig, ModelConfig, QuantizerConfig
+from lbi.config import IDENTITY, CacheConfig, EngineConfig, LbiConfig, ModelConfig, QuantizerConfig
 from lbi.model_files import ModelFacts
 from lbi.quantizers.options import content
 from lbi.typed import plain
@@ -56,6 +56,11 @@ def canonical_engine(engine: EngineConfig) -> str:
     return canonical(known)
 
 
+def canonical_cache(cache: CacheConfig) -> str:
+    """The cache section without knobs that are not set, except those that the first caches had."""
+    return canonical({key: value for key, value in plain(cache).items() if value is not None or key == "max_len"})
+
+
 def run_id(sections: Mapping[str, str]) -> str:
     """12 hex digits over the `canonical` text of each section in `IDENTITY`."""
     text = "\n".join(f"{name}:{sections[name]}" for name in sorted(IDENTITY))
@@ -68,6 +73,7 @@ def run_id_of(config: LbiConfig, facts: ModelFacts) -> str:
     made["model"] = canonical_model(config.model, facts)
     made["quantizer"] = canonical_quantizer(config.quantizer)
     made["engine"] = canonical_engine(config.engine)
+    made["cache"] = canonical_cache(config.cache)
     return run_id(made)
 
 

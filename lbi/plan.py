@@ -132,6 +132,8 @@ class _Sections:
                 text = identity.canonical_quantizer(section)
             elif group == "engine":
                 text = identity.canonical_engine(section)
+            elif group == "cache":
+                text = identity.canonical_cache(section)
             else:
                 text = identity.canonical(plain(section))
             self._canonical[key] = (section, text)

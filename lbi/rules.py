@@ -107,6 +107,10 @@ def unused_knob(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str |
                 return f"decoding.{name} is for sampling; {decoding.name} is greedy"
     if config.cache.kind == "dynamic" and config.cache.max_len is not None:
         return "cache.max_len is for a static cache; a dynamic one grows as needed"
+    if config.cache.format is None and config.cache.group_size is not None:
+        return f"cache.group_size is for a low-bit cache; cache={config.cache.name} keeps the model's own type"
+    if config.cache.format is not None and config.cache.kind != "static":
+        return f"cache.format is for a static cache; cache={config.cache.name} is {config.cache.kind}"
     return _unused_engine_knob(config)
 
 
@@ -303,6 +307,32 @@ def loop_needs_static_cache(config: LbiConfig, facts: ModelFacts, machine: Machi
     kind = config.engine.kind
     if kind in ("loop", "fused") and config.cache.kind != "static":
         return f"engine={kind} works on keys and values that stay where they are: use cache=static"
+    return None
+
+
+@rule(
+    "transformers 5.23.0: a StaticLayer has the model's own type; its low-bit cache, QuantizedCache, grows, and writes "
+    "out all of itself at every step"
+)
+def low_bit_needs_loop(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.cache.format is None:
+        return None
+    if config.engine.kind != "loop":
+        return f"cache={config.cache.name} is read by attention of lbi's own: use engine=loop"
+    if machine.device == "cuda":
+        return f"cache={config.cache.name} has no kernel for a GPU yet"
+    return None
+
+
+@rule("lbi/kernels/cache_formats.py: a group is part of one head's values, which 4 bits store in two halves")
+def cache_groups_fit(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.cache.format is None or not facts.arch:
+        return None
+    arch = facts.arch
+    width = arch.get("head_dim") or arch.get("hidden_size", 0) // max(1, arch.get("num_attention_heads", 1))
+    group = config.cache.group_size or width
+    if width and (width % 2 or width % group):
+        return f"groups of {group} do not divide the {width} values of a head, or those are an odd number"
     return None
 
 

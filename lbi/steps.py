@@ -146,11 +146,11 @@ def plain_path(
 ) -> Callable[[list[int]], dict[str, Any]] | None:
     """A check of the cell's greedy tokens against generate(), eager and with a dynamic cache, on the same weights.
 
-    None where there is nothing to check: the cell is that path, or it samples.
+    None where there is nothing to check: the cell is that path, it samples, or its cache is not lossless.
     """
     eager, dynamic = config.compiler.backend == "eager", config.cache.kind == "dynamic"
     is_plain = config.engine.kind == "hf" and eager and dynamic
-    if is_plain or config.decoding.kind != "greedy":
+    if is_plain or config.decoding.kind != "greedy" or not config.cache.lossless:
         return None
     with phases("plain path"):
         plain = replace(config, engine=plain_engine(config.engine), compiler=PLAIN_COMPILER, cache=PLAIN_CACHE)
@@ -205,6 +205,8 @@ def _check_cache(config: LbiConfig, cache: dict[str, Any]) -> None:
     wanted = {"dynamic": ("DynamicCache",), "static": ("StaticCache", "FusedCache")}[config.cache.kind]
     if cache["class"] not in wanted:
         raise NotApplied(f"cache={config.cache.name} was asked for and transformers used a {cache['class']}")
+    if config.cache.format not in (None, cache["dtype"]):
+        raise NotApplied(f"cache={config.cache.name} was asked for and its values are stored as {cache['dtype']}")
 
 
 def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> list[int]:
@@ -296,8 +298,7 @@ def place_on_roofline(
     """Bytes a token, and how near decode and prefill are to what the device can do."""
     cache, metrics = record.effective["cache"], record.metrics
     # transformers reads a static cache to its end at every step; others are read as far as the text has come.
-    whole = config.cache.kind == "static" and cache.get("reads") != "live"
-    depth = cache["slots"] if whole else prompt_tokens + config.workload.new_tokens / 2
+    depth = cache["slots"] if cache["reads"] == "slots" else prompt_tokens + config.workload.new_tokens / 2
     bytes_per_token = roofline.bytes_per_token(model, layers, cache["bytes_per_slot"] * depth)
     metrics["bytes_per_token"] = bytes_per_token
     with phases("roofline"):
@@ -334,7 +335,7 @@ def score(
         record.missing["mean_kld"] = no_reference
     else:
         with phases("quality"):
-            own_pass = config.compiler.prefill or config.engine.kind == "fused"
+            own_pass = config.compiler.prefill or config.engine.kind == "fused" or not config.cache.lossless
             is_reference = config.quantizer.family == "none" and not own_pass
             forward = None if is_reference else engine.forward
             # What autoquant chose rests on times, and may be another choice in another cell of the same setting.

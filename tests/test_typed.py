@@ -100,7 +100,8 @@ def test_every_option_lists_every_knob_that_it_reads(option: Path) -> None:
         knobs = set() if content["kind"] == "hf" else {"tokens_per_graph"}
         assert listed == {"name", "kind", "device", "threads", "attention"} | knobs
     elif group == "cache":
-        assert listed == {"name", "kind"} | ({"max_len"} if content["kind"] == "static" else set())
+        knobs = {"max_len"} if content["kind"] == "static" else set()
+        assert listed == {"name", "kind"} | knobs | ({"format", "group_size"} if "format" in content else set())
     else:
         assert listed == {spec.name for spec in fields(get_type_hints(LbiConfig)[group])}
 
