@@ -201,12 +201,25 @@ def _note_compiled(config: LbiConfig, engine: Engine, record: Record) -> None:
         raise NotApplied(f"fullgraph was asked for and there are {seen['graph_breaks']} graph breaks")
 
 
+CACHE_CLASSES = {
+    "dynamic": ("DynamicCache",),
+    "static": ("StaticCache", "FusedCache"),
+    "hf_quantized": ("QuantizedCache",),
+    "offloaded": ("DynamicCache",),
+    "offloaded_static": ("StaticCache",),
+}
+"""What a cache of each kind is, by transformers' name."""
+
+
 def _check_cache(config: LbiConfig, cache: dict[str, Any]) -> None:
-    wanted = {"dynamic": ("DynamicCache",), "static": ("StaticCache", "FusedCache")}[config.cache.kind]
-    if cache["class"] not in wanted:
-        raise NotApplied(f"cache={config.cache.name} was asked for and transformers used a {cache['class']}")
-    if config.cache.format not in (None, cache["dtype"]):
-        raise NotApplied(f"cache={config.cache.name} was asked for and its values are stored as {cache['dtype']}")
+    asked = config.cache
+    if cache["class"] not in CACHE_CLASSES[asked.kind]:
+        raise NotApplied(f"cache={asked.name} was asked for and transformers used a {cache['class']}")
+    if asked.kind.startswith("offloaded") and not cache.get("offloading"):
+        raise NotApplied(f"cache={asked.name} was asked for and nothing is offloaded")
+    wanted = f"{asked.backend}{asked.bits or ''}" if asked.kind == "hf_quantized" else asked.format
+    if wanted not in (None, cache["dtype"]):
+        raise NotApplied(f"cache={asked.name} was asked for and its values are stored as {cache['dtype']}")
 
 
 def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> list[int]:

@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lbi import identity, reference, steps
+from lbi import environment, identity, reference, steps
 from lbi.config import CacheConfig, LbiConfig
 from lbi.engines import make
+from lbi.engines.cache import CHUNK, quantized_cache
 from lbi.engines.low_bit import LowBitCache
 from lbi.errors import NotApplied, Unsupported
 from lbi.kernels import cache_ops
@@ -305,14 +306,77 @@ def test_run_ids_of_the_first_caches_are_what_they_were() -> None:
         (["engine=hf", "cache=static_int8"], "low_bit_needs_loop", "use engine=loop"),
         (["engine=fused", "cache=static_int8"], "low_bit_needs_loop", "use engine=loop"),
         (["engine=loop", "cache=static_int4", "cache.group_size=48"], "cache_groups_fit", "groups of 48"),
-        (["++cache.format=int8"], "unused_knob", "is dynamic"),
-        (["cache=static", "++cache.group_size=32"], "unused_knob", "cache.group_size"),
+        (["++cache.format=int8"], "unused_knob", "does not read cache.format"),
+        (["cache=static", "++cache.group_size=32"], "unused_knob", "does not read cache.group_size"),
+        (["cache=hf_quantized_fp8", "++cache.bits=4"], "unused_knob", "does not read cache.bits"),
+        (["cache=hf_quantized_quanto", "++cache.axis=1"], "unused_knob", "does not read cache.axis"),
+        (["engine=loop", "cache=hf_quantized_hqq"], "loop_needs_static_cache", "or engine=hf"),
+        (["engine=fused", "cache=offloaded"], "loop_needs_static_cache", "or engine=hf"),
+        (["cache=hf_quantized_hqq", "compiler=inductor"], "static_shapes_need_static_cache", "moved by the host"),
+        (["cache=hf_quantized_hqq", "cache.group_size=128"], "hf_quantized_cache_can_be_had", "3 x 64 keys"),
+        (["cache=offloaded"], "offloading_needs_gpu", "they are there"),
+        (["cache=offloaded_static"], "offloading_needs_gpu", "they are there"),
     ],
 )
 def test_what_cannot_be_is_pruned(plan: MakePlan, overrides: list[str], rule: str, part: str) -> None:
     cell = plan(*overrides, model="smollm2_135m").cells[0]
     assert (cell.verdict, cell.rule) == (PRUNED, rule)
     assert part in cell.reason
+
+
+def test_a_package_that_is_missing_prunes_its_cache(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    for versions, part in (
+        ({"transformers": "5.23.0"}, "pip install optimum-quanto"),
+        ({"optimum-quanto": "0.2.7"}, ""),
+    ):
+        monkeypatch.setattr(environment, "packages", lambda versions=versions: {"torch": "2", **versions})
+        cell = plan("cache=hf_quantized_quanto", model="smollm2_135m").cells[0]
+        assert (cell.verdict, part in cell.reason) == (PRUNED if part else RUN, True)
+        eight = plan("cache=hf_quantized_quanto", "cache.bits=8", model="smollm2_135m").cells[0]
+        assert (eight.verdict, eight.rule) == (PRUNED, "hf_quantized_cache_can_be_had")
+    cell = plan("cache=hf_quantized_fp8", model="smollm2_135m").cells[0]
+    assert (cell.verdict, "transformers 5.23" in cell.reason) == (PRUNED, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "bits"), [("hqq", "hqq4", (4, 6)), ("fp8", "fp8", (8, 8.5)), ("quanto", "quanto4", (4, 6))]
+)
+def test_transformers_own_low_bit_caches_are_used_and_measured(
+    config: Callable[..., LbiConfig], name: str, dtype: str, bits: tuple[float, float]
+) -> None:
+    if name == "quanto":
+        pytest.importorskip("optimum.quanto")
+    cell = config(f"cache=hf_quantized_{name}", "engine=hf", *([] if name == "fp8" else ["cache.residual=8"]))
+    model = load(cell.model, cell.engine).model
+    engine = make(cell, model, slots=0)
+    # 31 + 9 tokens are fed: the prompt at once, 8 that fill the residual, one that is in it.
+    found = engine.generate(list(range(31)), 10, seed=0, inspect=True)
+    steps._check_cache(cell, found.cache)
+    assert (found.cache["class"], found.cache["dtype"], found.cache["slots"]) == ("QuantizedCache", dtype, 40)
+    values = 2 * 3 * 2 * 64
+    rest = 0 if name == "fp8" else values * 4
+    assert bits[0] * 39 < (found.cache["bytes"] - rest) * 8 / values < bits[1] * 40
+
+
+@pytest.mark.parametrize("name", ["hqq", "fp8"])
+def test_a_quality_pass_sees_what_generation_through_the_cache_sees(
+    config: Callable[..., LbiConfig], name: str
+) -> None:
+    residual = 8
+    extra = [] if name == "fp8" else [f"cache.residual={residual}"]
+    cell = config(f"cache=hf_quantized_{name}", "engine=hf", *extra)
+    model = load(cell.model, cell.engine).model
+    engine = make(cell, model, slots=0)
+    text = torch.randint(0, 300, ((CHUNK if name == "fp8" else residual) + 7,)).tolist()
+    prompt = text[:-7]
+    cache = quantized_cache(cell.cache, model.config)
+    stepwise = [model(torch.tensor([prompt]), past_key_values=cache).logits[0]]
+    stepwise += [model(torch.tensor([[token]]), past_key_values=cache).logits[0] for token in text[len(prompt) :]]
+    exact = model(torch.tensor([text])).logits[0]
+    passed = engine.forward(text)
+    damage = off(torch.cat(stepwise)[-7:], exact[-7:])
+    assert damage > 1e-3
+    assert off(passed[-7:], torch.cat(stepwise)[-7:]) < 0.2 * damage
 
 
 def test_what_can_be_runs(plan: MakePlan) -> None:
