@@ -188,8 +188,31 @@ class CacheConfig:
     """Where keys and values of past tokens are kept."""
 
     name: str = knob("name shown in tables")
-    kind: Literal["dynamic", "static"] = knob("dynamic grows by a token a step; static is allocated once")
+    kind: Literal["dynamic", "static", "hf_quantized", "offloaded", "offloaded_static"] = knob(
+        "dynamic grows by a token a step; static is allocated once; transformers' own for generate(): hf_quantized, "
+        "offloaded (dynamic, in the host's memory) and offloaded_static"
+    )
     max_len: int | None = knob("static: slots, in tokens; null: exactly what the workload needs", default=None, low=1)
+    format: Literal["int8", "fp8", "int4"] | None = knob(
+        "static: how keys and values are stored, with scales; null: in the model's own type", default=None
+    )
+    group_size: int | None = knob(
+        "low-bit: values of one head and token that share a scale; null: the whole head; hf_quantized: of the whole "
+        "tensor as its axis has them",
+        default=None,
+        low=1,
+    )
+    backend: Literal["hqq", "quanto", "fp8"] | None = knob("hf_quantized: what quantizes", default=None)
+    bits: Literal[1, 2, 3, 4, 8] | None = knob("hf_quantized by hqq and quanto: bits of one value", default=None)
+    axis: Literal[0, 1] | None = knob("hf_quantized by hqq: the axis along which it groups", default=None)
+    residual: int | None = knob(
+        "hf_quantized by hqq and quanto: latest tokens kept as they are, until there are so many", default=None, low=1
+    )
+
+    @property
+    def lossless(self) -> bool:
+        """Whether exact arithmetic would give the tokens of a dynamic cache."""
+        return self.format is None and self.kind != "hf_quantized"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,7 +220,9 @@ class WorkloadConfig:
     """What is generated from what."""
 
     name: str = knob("name shown in tables")
-    prompt: str = knob("the prompt itself, or `text:NAME` for a text of lbi/texts")
+    prompt: str = knob(
+        "the prompt itself, `text:NAME` for a text of lbi/texts, or `rounds:NAME` for a long one made of it"
+    )
     prompt_tokens: int | None = knob(
         "cut or repeat the prompt to this many tokens; null: as it is", default=None, low=1
     )

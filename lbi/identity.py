@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from lbi.config import IDENTITY, DecodingConfig, EngineConfig, LbiConfig, ModelConfig, QuantizerConfig
+from lbi.config import IDENTITY, CacheConfig, DecodingConfig, EngineConfig, LbiConfig, ModelConfig, QuantizerConfig
 from lbi.errors import InputError
 from lbi.model_files import ModelFacts, inspect
 from lbi.quantizers.options import content, draft_model, option
@@ -78,6 +78,11 @@ def canonical_decoding(decoding: DecodingConfig) -> str:
     return canonical(kept)
 
 
+def canonical_cache(cache: CacheConfig) -> str:
+    """The cache section without knobs that are not set, except those that the first caches had."""
+    return canonical({key: value for key, value in plain(cache).items() if value is not None or key == "max_len"})
+
+
 def run_id(sections: Mapping[str, str]) -> str:
     """12 hex digits over the `canonical` text of each section in `IDENTITY`."""
     text = "\n".join(f"{name}:{sections[name]}" for name in sorted(IDENTITY))
@@ -91,6 +96,7 @@ def run_id_of(config: LbiConfig, facts: ModelFacts) -> str:
     made["quantizer"] = canonical_quantizer(config.quantizer)
     made["engine"] = canonical_engine(config.engine)
     made["decoding"] = canonical_decoding(config.decoding)
+    made["cache"] = canonical_cache(config.cache)
     return run_id(made)
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from lbi.config import EngineConfig, ModelConfig
 from lbi.errors import InputError, Unsupported
+from lbi.long_text import rounds
 from lbi.model_files import ModelFacts, inspect
 from lbi.places import cache_folder
 from lbi.quantizers.loaders import stored_format
@@ -150,7 +151,12 @@ def _stand_in_tokens(text: str, vocabulary: int) -> list[int]:
 
 
 def read_text(name: str) -> str:
-    """The text itself, a text of lbi/texts ("text:chat"), or a file. Raises `Unsupported` for one that is not there."""
+    """The text itself, a text of lbi/texts ("text:chat"), a long one made of it ("rounds:quality"), or a file.
+
+    Raises `Unsupported` for one that is not there.
+    """
+    if name.startswith("rounds:"):
+        return rounds(read_text("text:" + name.removeprefix("rounds:")))
     if not name.startswith("text:"):
         file = Path(name).expanduser()
         is_file = len(name) < 1000 and "\n" not in name and file.is_file()

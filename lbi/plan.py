@@ -134,6 +134,8 @@ class _Sections:
                 text = identity.canonical_engine(section)
             elif group == "decoding":
                 text = identity.canonical_decoding(section)
+            elif group == "cache":
+                text = identity.canonical_cache(section)
             else:
                 text = identity.canonical(plain(section))
             self._canonical[key] = (section, text)

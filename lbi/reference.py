@@ -42,13 +42,15 @@ def folders(store: Path, config: LbiConfig, env_id: str) -> dict[str, Path]:
         "env": env_id,
     }
     text = common | {"quality": identity.canonical(plain(config.quality))}
-    # What the teacher-forced pass of a cell depends on beside the reference: its weights,
-    # the engine only where it is another model, and the compiler only where that has the prefill too.
+    # What the teacher-forced pass of a cell depends on beside the reference: its weights, a cache that is
+    # not lossless, the engine only where it is another model, the compiler only where that has the prefill too.
     own = {"quantizer": identity.canonical_quantizer(config.quantizer)}
     if config.quantizer.family == "checkpoint":
         own["weights"] = identity.canonical_model(config.model, inspect(config.model))
-    if config.engine.kind == "fused":
-        own["engine"] = "fused"
+    if config.engine.kind == "fused" or not config.cache.lossless:
+        own["engine"] = config.engine.kind
+    if not config.cache.lossless:
+        own["cache"] = identity.canonical_cache(config.cache)
     if config.compiler.prefill:
         own["compiler"] = identity.canonical(plain(config.compiler))
     keys = {

@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any
 
 from lbi import environment, speculation_rules
-from lbi.config import LbiConfig, QuantizerConfig
+from lbi.config import CacheConfig, LbiConfig, QuantizerConfig
 from lbi.kernels import rsr_index
 from lbi.model_files import ModelFacts
 from lbi.quantizers import loaders, method, native, target
@@ -87,6 +87,22 @@ def unused_quantizer_knob(config: LbiConfig, facts: ModelFacts, machine: Machine
     return None
 
 
+CACHE_KNOBS: dict[str, tuple[str, ...]] = {
+    "dynamic": (),
+    "static": ("max_len", "format"),
+    "hf_quantized": ("backend",),
+    "offloaded": (),
+    "offloaded_static": ("max_len",),
+}
+"""What a cache of each kind reads, besides what belongs to its format or its backend."""
+
+CACHE_BACKENDS = {
+    "hqq": {"bits", "group_size", "axis", "residual"},
+    "quanto": {"bits", "group_size", "residual"},
+}
+"""Knobs of hf_quantized's backends; fp8 has none."""
+
+
 def _idle(spec: Field[Any]) -> Any:
     return spec.default if spec.default_factory is MISSING else spec.default_factory()
 
@@ -109,9 +125,20 @@ def unused_knob(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str |
     unread = speculation_rules.unread(decoding)
     if unread is not None:
         return unread
-    if config.cache.kind == "dynamic" and config.cache.max_len is not None:
-        return "cache.max_len is for a static cache; a dynamic one grows as needed"
-    return _unused_engine_knob(config)
+    return _unused_cache_knob(config) or _unused_engine_knob(config)
+
+
+def _unused_cache_knob(config: LbiConfig) -> str | None:
+    cache = config.cache
+    read = set(CACHE_KNOBS[cache.kind])
+    if cache.kind == "static" and cache.format is not None:
+        read |= {"group_size"}
+    if cache.kind == "hf_quantized":
+        read |= CACHE_BACKENDS.get(cache.backend or "", set())
+    for spec in fields(CacheConfig):
+        if spec.name not in read | {"name", "kind"} and getattr(cache, spec.name) is not None:
+            return f"cache={cache.name}, which is {cache.kind}, does not read cache.{spec.name}"
+    return None
 
 
 def _unused_engine_knob(config: LbiConfig) -> str | None:
@@ -308,10 +335,14 @@ def hqq_backend(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str |
 )
 def static_shapes_need_static_cache(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     compiler = config.compiler
-    if compiler.backend == "cudagraph" and config.cache.kind == "dynamic":
-        return "a CUDA graph replays fixed addresses, and a dynamic cache moves at every step: use cache=static"
-    if compiler.backend == "inductor" and config.cache.kind == "dynamic" and compiler.dynamic is not True:
+    cache = config.cache
+    if compiler.backend == "cudagraph" and cache.kind != "static":
+        what = "a dynamic cache moves" if cache.kind == "dynamic" else f"cache={cache.name} moves"
+        return f"a CUDA graph replays fixed addresses, and {what} at every step: use cache=static"
+    if compiler.backend == "inductor" and cache.kind == "dynamic" and compiler.dynamic is not True:
         return f"{compiler.name} compiles fixed shapes, and a dynamic cache grows at every step: use cache=static"
+    if compiler.backend == "inductor" and cache.kind not in ("static", "dynamic"):
+        return f"{compiler.name} compiles a step as one graph, and cache={cache.name} is moved by the host"
     return None
 
 
@@ -319,7 +350,74 @@ def static_shapes_need_static_cache(config: LbiConfig, facts: ModelFacts, machin
 def loop_needs_static_cache(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     kind = config.engine.kind
     if kind in ("loop", "fused") and config.cache.kind != "static":
-        return f"engine={kind} works on keys and values that stay where they are: use cache=static"
+        own = config.cache.kind not in ("dynamic", "static")
+        way_out = "cache=static, or engine=hf" if own else "cache=static"
+        return f"engine={kind} works on keys and values that stay where they are: use {way_out}"
+    return None
+
+
+@rule(
+    "transformers 5.23.0: a StaticLayer has the model's own type; its low-bit cache, QuantizedCache, grows, and writes "
+    "out all of itself at every step"
+)
+def low_bit_needs_loop(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.cache.format is None:
+        return None
+    if config.engine.kind != "loop":
+        return f"cache={config.cache.name} is read by attention of lbi's own: use engine=loop"
+    if machine.device == "cuda":
+        return f"cache={config.cache.name} has no kernel for a GPU yet"
+    return None
+
+
+@rule("lbi/kernels/cache_formats.py: a group is part of one head's values, which 4 bits store in two halves")
+def cache_groups_fit(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.cache.format is None or not facts.arch:
+        return None
+    arch = facts.arch
+    width = _head_width(arch)
+    group = config.cache.group_size or width
+    if width and (width % 2 or width % group):
+        return f"groups of {group} do not divide the {width} values of a head, or those are an odd number"
+    return None
+
+
+@rule(
+    "transformers 5.23.0, cache_utils.py: QuantoQuantizedLayer wants optimum-quanto, with 2 or 4 bits (optimum-quanto "
+    "0.2.7: groups along the tokens, axis=-1, must divide their number); Fp8QuantizedLayer is new in 5.23; "
+    "QuantizedCache raises ValueError for layers without full attention; HQQ asserts that groups divide the values"
+)
+def hf_quantized_cache_can_be_had(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    cache, arch = config.cache, facts.arch or {}
+    if cache.kind != "hf_quantized":
+        return None
+    if cache.backend == "quanto" and "optimum-quanto" not in machine.packages:
+        return f"cache={cache.name} needs the package optimum-quanto: pip install optimum-quanto"
+    if cache.backend == "quanto" and cache.bits not in (2, 4):
+        return f"cache={cache.name} has 2 or 4 bits, not {cache.bits}"
+    if cache.backend == "fp8" and _release(machine.packages.get("transformers", "")) < (5, 23):
+        return f"cache={cache.name} came with transformers 5.23"
+    if arch.get("sliding_window") and arch.get("use_sliding_window", True):
+        return f"cache={cache.name} is for full attention alone, and the model has a sliding window"
+    heads = arch.get("num_key_value_heads") or arch.get("num_attention_heads") or 0
+    width = _head_width(arch)
+    if cache.group_size and (heads * width) % cache.group_size:
+        return f"groups of {cache.group_size} do not divide the {heads} x {width} keys of a token"
+    return None
+
+
+def _head_width(arch: Mapping[str, Any]) -> int:
+    return int(arch.get("head_dim") or arch.get("hidden_size", 0) // max(1, arch.get("num_attention_heads", 1)))
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+
+
+@rule("transformers 5.23.0 on a CPU: cache_implementation=offloaded ends with 'Torch not compiled with CUDA enabled'")
+def offloading_needs_gpu(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.cache.kind.startswith("offloaded") and machine.device != "cuda":
+        return f"cache={config.cache.name} moves keys and values from a GPU to the host; on a CPU they are there"
     return None
 
 

@@ -74,6 +74,7 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     sample = loaded.encode(read_text("text:chat"))
     workload = config.workload
     prompt = fit_tokens(loaded.encode(read_text(workload.prompt)), workload.prompt_tokens)
+    steps.check_context(config, loaded.model, len(prompt))
     # A verification writes its drafts behind the text's end, whether they stand or not.
     needed = len(prompt) + workload.new_tokens + (config.decoding.draft_tokens or 0)
     slots = config.cache.max_len or needed

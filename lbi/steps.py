@@ -70,6 +70,17 @@ def check_request(config: LbiConfig, request: dict[str, Any]) -> None:
         raise Unsupported(f"{own[0].target} was edited after the plan was made; the same command runs it anew")
 
 
+def check_context(config: LbiConfig, model: Any, prompt_tokens: int) -> None:
+    """Refuse a prompt of its own length that the plan could not count. Raises `Unsupported`."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    needed = prompt_tokens + config.workload.new_tokens
+    if config.sweep.prune and limit and needed > limit:
+        raise Unsupported(
+            f"the workload's {prompt_tokens} + {config.workload.new_tokens} tokens do not fit the model's context of "
+            f"{limit}; workload.prompt_tokens cuts the prompt"
+        )
+
+
 def quantize(
     config: LbiConfig, model: Any, sample: list[int], tuning: Path, record: Record, phases: Phases
 ) -> list[audit.Layer]:
@@ -167,11 +178,11 @@ def plain_path(
 ) -> Callable[[list[int]], dict[str, Any]] | None:
     """A check of the cell's greedy tokens against generate(), eager and with a dynamic cache, on the same weights.
 
-    None where there is nothing to check: the cell is that path, or it samples.
+    None where there is nothing to check: the cell is that path, it samples, or its cache is not lossless.
     """
     eager, dynamic = config.compiler.backend == "eager", config.cache.kind == "dynamic"
     is_plain = config.engine.kind == "hf" and eager and dynamic
-    if is_plain or config.decoding.kind != "greedy":
+    if is_plain or config.decoding.kind != "greedy" or not config.cache.lossless:
         return None
     with phases("plain path"):
         plain = replace(config, engine=plain_engine(config.engine), compiler=PLAIN_COMPILER, cache=PLAIN_CACHE)
@@ -223,10 +234,25 @@ def _note_compiled(config: LbiConfig, engine: Engine, record: Record) -> None:
         raise NotApplied(f"fullgraph was asked for and there are {seen['graph_breaks']} graph breaks")
 
 
+CACHE_CLASSES = {
+    "dynamic": ("DynamicCache",),
+    "static": ("StaticCache", "FusedCache"),
+    "hf_quantized": ("QuantizedCache",),
+    "offloaded": ("DynamicCache",),
+    "offloaded_static": ("StaticCache",),
+}
+"""What a cache of each kind is, by transformers' name."""
+
+
 def _check_cache(config: LbiConfig, cache: dict[str, Any]) -> None:
-    wanted = {"dynamic": ("DynamicCache",), "static": ("StaticCache", "FusedCache")}[config.cache.kind]
-    if cache["class"] not in wanted:
-        raise NotApplied(f"cache={config.cache.name} was asked for and transformers used a {cache['class']}")
+    asked = config.cache
+    if cache["class"] not in CACHE_CLASSES[asked.kind]:
+        raise NotApplied(f"cache={asked.name} was asked for and transformers used a {cache['class']}")
+    if asked.kind.startswith("offloaded") and not cache.get("offloading"):
+        raise NotApplied(f"cache={asked.name} was asked for and nothing is offloaded")
+    wanted = f"{asked.backend}{asked.bits or ''}" if asked.kind == "hf_quantized" else asked.format
+    if wanted not in (None, cache["dtype"]):
+        raise NotApplied(f"cache={asked.name} was asked for and its values are stored as {cache['dtype']}")
 
 
 def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> list[int]:
@@ -321,8 +347,7 @@ def place_on_roofline(
     """Bytes a token, and how near decode and prefill are to what the device can do."""
     cache, metrics = record.effective["cache"], record.metrics
     # transformers reads a static cache to its end at every step; others are read as far as the text has come.
-    whole = config.cache.kind == "static" and cache.get("reads") != "live"
-    depth = cache["slots"] if whole else prompt_tokens + config.workload.new_tokens / 2
+    depth = cache["slots"] if cache["reads"] == "slots" else prompt_tokens + config.workload.new_tokens / 2
     bytes_per_token = roofline.bytes_per_token(model, layers, cache["bytes_per_slot"] * depth)
     if draft is not None:
         own = cache.get("draft", cache)
@@ -366,7 +391,7 @@ def score(
         record.missing["mean_kld"] = no_reference
     else:
         with phases("quality"):
-            own_pass = config.compiler.prefill or config.engine.kind == "fused"
+            own_pass = config.compiler.prefill or config.engine.kind == "fused" or not config.cache.lossless
             is_reference = config.quantizer.family == "none" and not own_pass
             forward = None if is_reference else engine.forward
             # What autoquant chose rests on times, and may be another choice in another cell of the same setting.

@@ -1,10 +1,18 @@
-"""Caches of transformers: what one is, read from its tensors, and one that asks the device less."""
+"""Caches of transformers: made as a cell says, what one is, read from its tensors, and one that asks less."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import StaticCache
+import torch
+from transformers import QuantizedCache, StaticCache
+
+from lbi.config import CacheConfig
+from lbi.errors import Unsupported
+from lbi.quantizers.audit import plain_tensors, storage_bytes
+
+CHUNK = 128
+"""Tokens that a quality pass feeds a cache of fp8 at once: the first ones set its scales for good."""
 
 
 class LoopCache(StaticCache):  # type: ignore[misc]
@@ -25,14 +33,61 @@ class LoopCache(StaticCache):  # type: ignore[misc]
 
 
 def describe_cache(cache: Any) -> dict[str, Any]:
-    """Class (of transformers), slots, type and storage of a transformers cache, read from its tensors."""
+    """Class (of transformers), slots, type and storage of a transformers cache, read from its tensors.
+
+    `reads` says how far a step reads it: `slots`, all there are, or `live`, as far as the text has come.
+    """
     layers = [layer for layer in getattr(cache, "layers", []) if getattr(layer, "keys", None) is not None]
-    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    tensors = [tensor for layer in layers for tensor in _stored(layer)]
+    slots = _slots(layers[0]) if layers else 0
+    own = any(hasattr(layer, "format_name") for layer in layers)
+    held = storage_bytes(tensors)
     return {
         "class": next(cls.__name__ for cls in type(cache).__mro__ if cls.__module__.startswith("transformers.")),
         "layer_class": type(layers[0]).__name__ if layers else None,
-        "dtype": str(tensors[0].dtype).removeprefix("torch.") if tensors else None,
-        "slots": int(tensors[0].shape[-2]) if tensors else 0,
-        "bytes": sum(tensor.untyped_storage().nbytes() for tensor in tensors),
-        "bytes_per_slot": sum(tensor.numel() * tensor.element_size() // tensor.shape[-2] for tensor in tensors),
+        "dtype": _type_of(layers[0]) if layers else None,
+        "slots": slots,
+        "bytes": held,
+        "bytes_per_slot": sum(storage_bytes(_stored(layer)) / max(1, _slots(layer)) for layer in layers),
+        "reads": "slots" if isinstance(cache, StaticCache) and not own else "live",
+        **({"offloading": True} if getattr(cache, "offloading", False) else {}),
     }
+
+
+def quantized_cache(kind: CacheConfig, model_config: Any) -> QuantizedCache:
+    """transformers' own low-bit cache, empty. Raises `Unsupported` where it cannot be had."""
+    axis = 0 if kind.axis is None else kind.axis
+    grouped = {
+        "nbits": kind.bits,
+        "axis_key": axis,
+        "axis_value": axis,
+        "q_group_size": kind.group_size,
+        "residual_length": kind.residual,
+    }
+    try:
+        return QuantizedCache(kind.backend, model_config, **({} if kind.backend == "fp8" else grouped))
+    except (ImportError, ValueError, TypeError) as error:
+        raise Unsupported(f"cache={kind.name}: {str(error).splitlines()[0]}") from error
+
+
+def _stored(layer: Any) -> list[torch.Tensor]:
+    """All tensors of one layer, packed ones and their scales as they lie in memory."""
+    if hasattr(layer, "tensors"):
+        return list(layer.tensors())
+    kept = [layer.keys, layer.values]
+    for held in (getattr(layer, "_quantized_keys", None), getattr(layer, "_quantized_values", None)):
+        # hqq: codes and a mapping with their scales; fp8: codes and a scale; quanto: a tensor of its own class.
+        kept += held if isinstance(held, tuple) else [held]
+    return [tensor for part in kept for tensor in plain_tensors(part)]
+
+
+def _slots(layer: Any) -> int:
+    """Tokens that there is room for; of a cache that grows, its tokens."""
+    return int(layer.cumulative_length) if hasattr(layer, "_quantized_keys") else int(layer.keys.shape[-2])
+
+
+def _type_of(layer: Any) -> str:
+    if hasattr(layer, "_quantized_keys"):
+        backend = type(layer).__name__.removesuffix("QuantizedLayer").lower()
+        return f"{backend}{getattr(layer, 'nbits', '')}"
+    return getattr(layer, "format_name", None) or str(layer.keys.dtype).removeprefix("torch.")

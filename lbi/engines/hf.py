@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from lbi.config import LbiConfig
 from lbi.cuda_graphs import GraphedForward
 from lbi.engines import Generation, Graphs, Mark
-from lbi.engines.cache import describe_cache
+from lbi.engines.cache import CHUNK, describe_cache, quantized_cache
 from lbi.engines.clock import Clock
 from lbi.metrics import Timing
 
@@ -85,7 +85,7 @@ class HfEngine:
         clock, keeper = Clock(self.device), LogitsKeeper()
         processors = LogitsProcessorList([keeper, TokenClock(clock)] if inspect else [TokenClock(clock)])
         settings = self._settings(new_tokens, inspect)
-        given = {} if self.graphed is None else {"past_key_values": self._same_cache()}
+        given = self._given_cache()
         torch.manual_seed(seed)
         with torch.no_grad():
             if self.device == "cuda":
@@ -110,6 +110,12 @@ class HfEngine:
             describe_cache(output.past_key_values),
         )
 
+    def _given_cache(self) -> dict[str, Any]:
+        """The cache that generate() is handed, where it does not make its own."""
+        if self.config.cache.kind == "hf_quantized":
+            return {"past_key_values": quantized_cache(self.config.cache, self.model.config)}
+        return {} if self.graphed is None else {"past_key_values": self._same_cache()}
+
     def _same_cache(self) -> StaticCache:
         """One static cache for all calls: generate() makes a new one for each, and a graph knows one by its address."""
         if self._own_cache is None:
@@ -119,9 +125,22 @@ class HfEngine:
 
     def forward(self, tokens: list[int]) -> torch.Tensor:
         """See `Engine.forward`."""
+        ids = torch.tensor([tokens], device=self.device)
         with torch.no_grad():
-            output = self.model(torch.tensor([tokens], device=self.device), use_cache=False)
-        return output.logits[0]  # type: ignore[no-any-return]
+            if self.config.cache.kind == "hf_quantized":
+                return self._through_the_cache(ids)
+            return self.model(ids, use_cache=False).logits[0]  # type: ignore[no-any-return]
+
+    def _through_the_cache(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (tokens, vocabulary) of a text that the low-bit cache gets piece by piece.
+
+        A QuantizedCache gives its first tokens back as they came, quantizes them, and from then on whenever
+        `residual` tokens have come. So a piece of that many sees what its tokens would see one at a time
+        after a prompt that ends where the piece begins: everything before it as quantized, itself as it is.
+        """
+        cache = quantized_cache(self.config.cache, self.model.config)
+        pieces = ids.split(self.config.cache.residual or CHUNK, dim=1)
+        return torch.cat([self.model(piece, past_key_values=cache, use_cache=True).logits[0] for piece in pieces])
 
     def graphs(self) -> Graphs | None:
         """See `Engine.graphs`."""
@@ -165,8 +184,10 @@ class HfEngine:
                 "repetition_penalty": decoding.repetition_penalty or 1.0,
             }
         static: dict[str, Any] = {}
-        if cache.kind == "static" and self.graphed is None:
-            static = {"cache_implementation": "static", "max_cache_len": self.slots}
+        if cache.kind in ("static", "offloaded_static") and self.graphed is None:
+            static = {"cache_implementation": cache.kind, "max_cache_len": self.slots}
+        elif cache.kind == "offloaded":
+            static = {"cache_implementation": cache.kind}
         return GenerationConfig(
             max_new_tokens=new_tokens,
             pad_token_id=0,

@@ -27,7 +27,7 @@ import torch
 
 from lbi.config import LbiConfig
 from lbi.cuda_graphs import GraphedCall, require_device_counters
-from lbi.engines import Generation, Graphs, Mark
+from lbi.engines import Generation, Graphs, Mark, low_bit
 from lbi.engines.cache import LoopCache, describe_cache
 from lbi.engines.clock import Clock
 from lbi.engines.sampling import Choose, asks_what_was_seen, chooser, note_seen
@@ -78,6 +78,8 @@ class LoopEngine:
         if config.cache.kind != "static":
             raise InputError("cache", config.cache.name, "moves its keys and values", "engine=loop needs cache=static")
         self.model, self.config, self.slots = model, config, slots
+        if config.cache.format:
+            low_bit.use(model, config.cache.format, config.cache.group_size)
         self.device = config.engine.device
         self.tokens_at_once = config.engine.tokens_per_graph
         self._choose, self._names = chooser(config.decoding), takes(model)
@@ -183,7 +185,7 @@ class LoopEngine:
         return buffers, steps
 
     def _allocate(self) -> Buffers:
-        cache = LoopCache(config=self.model.config, max_cache_len=self.slots)
+        cache = self._new_cache()
         token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
         position = torch.zeros(1, dtype=torch.long, device=self.device)
         tokens = torch.zeros(self.slots + 1, dtype=torch.long, device=self.device)
@@ -196,6 +198,12 @@ class LoopEngine:
                 # Without this inductor's own CUDA graphs (mode=reduce-overhead) refuse inputs that are written to.
                 torch._dynamo.mark_static_address(tensor)
         return Buffers(cache, token, position, tokens, noise, seen)
+
+    def _new_cache(self) -> LoopCache:
+        kind, config = self.config.cache, self.model.config
+        if kind.format:
+            return low_bit.LowBitCache(config, self.slots, kind.format, kind.group_size)
+        return LoopCache(config=config, max_cache_len=self.slots)
 
     def _prefill(self, ids: torch.Tensor, buffers: Buffers) -> torch.Tensor:
         """Feed the prompt (1, tokens) and choose the first new token; its logits, (1, vocabulary)."""

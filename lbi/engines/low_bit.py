@@ -1,0 +1,152 @@
+"""A low-bit cache for engine=loop: transformers' model, lbi's storage and attention.
+
+transformers hands a layer's new keys and values to the cache, and what the cache answers to the
+attention function. Here the answer is the stored rows themselves, and the function, registered with
+transformers under a name of its own, reads them as they are: nothing is unpacked in between.
+
+A prompt is another matter: its keys and values are at hand. They are rounded as the cache will hold
+them and attended to at once, which is what a token would see that came one at a time. So one pass over
+a text is the same as feeding it token by token, and quality is scored by such passes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.cache_utils import StaticLayer
+
+from lbi.engines.cache import LoopCache
+from lbi.errors import Unsupported
+from lbi.kernels import cache_ops
+from lbi.kernels.cache_formats import CacheFormat, Rows
+
+
+class Held(NamedTuple):
+    """What an attention function gets in place of keys, or of values: rows, and how many are live."""
+
+    codes: torch.Tensor
+    numbers: torch.Tensor
+    length: torch.Tensor
+
+    @property
+    def rows(self) -> Rows:
+        """The rows alone."""
+        return Rows(self.codes, self.numbers)
+
+
+class LowBitLayer(StaticLayer):  # type: ignore[misc]
+    """One layer's slots. `keys` and `values` are codes, (heads, slots, bytes); the numbers lie beside them."""
+
+    def __init__(self, max_cache_len: int, name: str, group: int | None) -> None:
+        super().__init__(max_cache_len=max_cache_len)
+        self.cumulative_length: torch.Tensor = torch.tensor(0)
+        self.format_name, self.group = name, group
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate the slots for keys and values like these, (1, heads, tokens, width)."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.key_kind = format_for(self.format_name, self.group, key_states.shape[-1])
+        self.value_kind = format_for(self.format_name, self.group, value_states.shape[-1])
+        self.key_rows = self.key_kind.allocate(key_states.shape[1], self.max_cache_len, self.device)
+        self.value_rows = self.value_kind.allocate(value_states.shape[1], self.max_cache_len, self.device)
+        self.keys, self.values = self.key_rows.codes, self.value_rows.codes
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        for tensor in (*self.tensors(), self.cumulative_length):
+            torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that is stored."""
+        return (*self.key_rows.tensors, *self.value_rows.tensors)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Append keys and values (1, heads, tokens, width); what is held of both, these included."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        cache_ops.put(self.key_rows, key_states[0], self.cumulative_length, self.key_kind)
+        cache_ops.put(self.value_rows, value_states[0], self.cumulative_length, self.value_kind)
+        self.cumulative_length.add_(key_states.shape[-2])
+        length = self.cumulative_length
+        return Held(*self.key_rows.tensors, length), Held(*self.value_rows.tensors, length)
+
+
+class LowBitCache(LoopCache):
+    """A static cache whose layers are low-bit ones; what comes first into an empty one is handed back as it came."""
+
+    def __init__(self, config: Any, max_cache_len: int, name: str, group: int | None) -> None:
+        super().__init__(config=config, max_cache_len=max_cache_len)
+        plain: list[Any] = self.layers
+        others = {type(layer).__name__ for layer in plain if type(layer) is not StaticLayer}
+        if others:
+            raise Unsupported(f"a low-bit cache is for full attention alone, and the model has a {min(others)}")
+        self.layers: list[Any] = [LowBitLayer(max_cache_len, name, group) for _ in plain]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **_: Any) -> Any:
+        """See `LowBitLayer.update`."""
+        held = self.layers[layer_idx].update(key_states, value_states)
+        return (key_states, value_states) if self.empty else held
+
+
+def format_for(name: str, group: int | None, width: int) -> CacheFormat:
+    """The format for heads of `width` values. Raises `Unsupported` for groups that do not divide them."""
+    try:
+        return CacheFormat(name, width, group or width)
+    except ValueError as error:
+        raise Unsupported(f"cache.group_size={group}: {error}") from error
+
+
+def use(model: Any, name: str, group: int | None) -> None:
+    """Have the model attend by `attention` from now on. Raises `Unsupported` for one that cannot be told so."""
+    if not getattr(model, "_supports_attention_backend", False):
+        raise Unsupported(
+            f"cache.format={name}: transformers takes no attention function of ours for a {type(model).__name__}"
+        )
+    registered = f"lbi_{name}_{group or 'head'}"
+    AttentionInterface.register(registered, partial(attention, name=name, group=group))
+    model.set_attn_implementation(registered)
+
+
+def attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor | Held,
+    value: torch.Tensor | Held,
+    attention_mask: torch.Tensor | None,
+    *,
+    name: str,
+    group: int | None,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers: (1, tokens, heads, width) for queries (1, heads, tokens, width).
+
+    There is no mask: tokens attend to all that is before them. Raises `Unsupported` for what models add to that.
+    """
+    added = [what for what in ("softcap", "s_aux", "position_bias", "sliding_window") if others.get(what) is not None]
+    if attention_mask is not None or added:
+        raise Unsupported(f"a low-bit cache has no {added[0] if added else 'attention mask'}, which the model wants")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, Held):
+        kind = format_for(name, group, query.shape[-1])
+        made = cache_ops.attend(query[0], key.rows, value.rows, key.length, kind, scale)[None]  # type: ignore[union-attr]
+    else:
+        made = causal(query, key, value, scale, name, group)  # type: ignore[arg-type]
+    return made.transpose(1, 2).contiguous(), None
+
+
+def causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, name: str, group: int | None
+) -> torch.Tensor:
+    """Attention of a text's beginning to itself, (1, heads, tokens, width), through what the cache holds of it."""
+    # A CPU's kernel widens codes to float32, a GPU's to the model's type: rounding twice would be charged to the cache.
+    wide = torch.float32 if query.device.type == "cpu" else query.dtype
+    keys = format_for(name, group, key.shape[-1]).rounded(key).to(wide)
+    values = format_for(name, group, value.shape[-1]).rounded(value).to(wide)
+    made = F.scaled_dot_product_attention(
+        query.to(wide), keys, values, is_causal=query.shape[2] > 1, scale=scale, enable_gqa=True
+    )
+    return made.to(query.dtype)
