@@ -279,7 +279,13 @@ def test_a_seed_draws_the_same_text_again_and_penalties_count_what_stood(config:
     assert seen[0].nonzero()[:, 0].tolist() == sorted({1, 2, 3, *text})
 
 
-@pytest.mark.parametrize("knobs", [[], ["decoding.kind=sampling", "decoding.temperature=0.8", "decoding.seed=0"]])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        [],
+        pytest.param(["decoding.kind=sampling", "decoding.temperature=0.8", "decoding.seed=0"], marks=pytest.mark.slow),
+    ],
+)
 def test_each_verification_is_one_compiled_graph(config: MakeConfig, knobs: list[str]) -> None:
     cell = config("compiler=inductor", LOOKUP, "decoding.draft_tokens=3", *knobs)
     model = load(cell.model, cell.engine).model
@@ -385,8 +391,8 @@ def test_drafts_of_a_model_leave_the_text_as_it_is(config: MakeConfig, name: str
     ("compiler", "shares_cache", "knobs"),
     [
         *(("eager", shares_cache, knobs) for shares_cache in (True, False) for knobs in ([], SAMPLED)),
-        ("inductor", True, SAMPLED),
-        ("inductor", False, []),
+        pytest.param("inductor", True, SAMPLED, marks=pytest.mark.slow),
+        pytest.param("inductor", False, [], marks=pytest.mark.slow),
     ],
 )
 def test_a_draft_that_is_the_model_is_always_right(
