@@ -188,9 +188,9 @@ class CacheConfig:
     """Where keys and values of past tokens are kept."""
 
     name: str = knob("name shown in tables")
-    kind: Literal["dynamic", "static", "hf_quantized", "offloaded", "offloaded_static"] = knob(
-        "dynamic grows by a token a step; static is allocated once; transformers' own for generate(): hf_quantized, "
-        "offloaded (dynamic, in the host's memory) and offloaded_static"
+    kind: Literal["dynamic", "static", "sliding", "hf_quantized", "offloaded", "offloaded_static"] = knob(
+        "dynamic grows by a token a step; static is allocated once; sliding keeps the first and the latest tokens; "
+        "transformers' own for generate(): hf_quantized, offloaded (dynamic, in the host's memory), offloaded_static"
     )
     max_len: int | None = knob("static: slots, in tokens; null: exactly what the workload needs", default=None, low=1)
     format: Literal["int8", "fp8", "int4"] | None = knob(
@@ -202,6 +202,8 @@ class CacheConfig:
         default=None,
         low=1,
     )
+    window: int | None = knob("sliding: tokens that are kept, the first ones among them", default=None, low=2)
+    sinks: int | None = knob("sliding: first tokens that stay for good", default=None, low=0)
     backend: Literal["hqq", "quanto", "fp8"] | None = knob("hf_quantized: what quantizes", default=None)
     bits: Literal[1, 2, 3, 4, 8] | None = knob("hf_quantized by hqq and quanto: bits of one value", default=None)
     axis: Literal[0, 1] | None = knob("hf_quantized by hqq: the axis along which it groups", default=None)
@@ -212,7 +214,7 @@ class CacheConfig:
     @property
     def lossless(self) -> bool:
         """Whether exact arithmetic would give the tokens of a dynamic cache."""
-        return self.format is None and self.kind != "hf_quantized"
+        return self.format is None and self.kind not in ("sliding", "hf_quantized")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

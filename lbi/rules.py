@@ -90,6 +90,7 @@ def unused_quantizer_knob(config: LbiConfig, facts: ModelFacts, machine: Machine
 CACHE_KNOBS: dict[str, tuple[str, ...]] = {
     "dynamic": (),
     "static": ("max_len", "format"),
+    "sliding": ("window", "sinks"),
     "hf_quantized": ("backend",),
     "offloaded": (),
     "offloaded_static": ("max_len",),
@@ -336,12 +337,12 @@ def hqq_backend(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str |
 def static_shapes_need_static_cache(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     compiler = config.compiler
     cache = config.cache
-    if compiler.backend == "cudagraph" and cache.kind != "static":
+    if compiler.backend == "cudagraph" and cache.kind not in ("static", "sliding"):
         what = "a dynamic cache moves" if cache.kind == "dynamic" else f"cache={cache.name} moves"
         return f"a CUDA graph replays fixed addresses, and {what} at every step: use cache=static"
     if compiler.backend == "inductor" and cache.kind == "dynamic" and compiler.dynamic is not True:
         return f"{compiler.name} compiles fixed shapes, and a dynamic cache grows at every step: use cache=static"
-    if compiler.backend == "inductor" and cache.kind not in ("static", "dynamic"):
+    if compiler.backend == "inductor" and cache.kind not in ("static", "sliding", "dynamic"):
         return f"{compiler.name} compiles a step as one graph, and cache={cache.name} is moved by the host"
     return None
 
@@ -349,6 +350,8 @@ def static_shapes_need_static_cache(config: LbiConfig, facts: ModelFacts, machin
 @rule("lbi/engines: a step is a function over tensors that never move, and a dynamic cache moves at every step")
 def loop_needs_static_cache(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     kind = config.engine.kind
+    if kind == "loop" and config.cache.kind == "sliding":
+        return None
     if kind in ("loop", "fused") and config.cache.kind != "static":
         own = config.cache.kind not in ("dynamic", "static")
         way_out = "cache=static, or engine=hf" if own else "cache=static"
@@ -368,6 +371,18 @@ def low_bit_needs_loop(config: LbiConfig, facts: ModelFacts, machine: Machine) -
     if machine.device == "cuda":
         return f"cache={config.cache.name} has no kernel for a GPU yet"
     return None
+
+
+@rule("transformers 5.23.0: StaticCache and DynamicCache slide where the model's config.json has a window, only there")
+def sliding_needs_loop(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    cache = config.cache
+    if cache.kind != "sliding":
+        return None
+    if config.engine.kind != "loop":
+        return f"cache={cache.name} is a ring that engine=loop writes and reads: use engine=loop"
+    if cache.window is None or cache.sinks is None:
+        return f"cache={cache.name} needs cache.window and cache.sinks"
+    return f"cache.sinks={cache.sinks} fill the window of {cache.window}" if cache.sinks >= cache.window else None
 
 
 @rule("lbi/kernels/cache_formats.py: a group is part of one head's values, which 4 bits store in two halves")

@@ -237,6 +237,7 @@ def _note_compiled(config: LbiConfig, engine: Engine, record: Record) -> None:
 CACHE_CLASSES = {
     "dynamic": ("DynamicCache",),
     "static": ("StaticCache", "FusedCache"),
+    "sliding": ("StaticCache",),
     "hf_quantized": ("QuantizedCache",),
     "offloaded": ("DynamicCache",),
     "offloaded_static": ("StaticCache",),
@@ -250,6 +251,8 @@ def _check_cache(config: LbiConfig, cache: dict[str, Any]) -> None:
         raise NotApplied(f"cache={asked.name} was asked for and transformers used a {cache['class']}")
     if asked.kind.startswith("offloaded") and not cache.get("offloading"):
         raise NotApplied(f"cache={asked.name} was asked for and nothing is offloaded")
+    if asked.kind == "sliding" and cache["layer_class"] != "SlidingLayer":
+        raise NotApplied(f"cache={asked.name} was asked for and its layers are {cache['layer_class']}")
     wanted = f"{asked.backend}{asked.bits or ''}" if asked.kind == "hf_quantized" else asked.format
     if wanted not in (None, cache["dtype"]):
         raise NotApplied(f"cache={asked.name} was asked for and its values are stored as {cache['dtype']}")

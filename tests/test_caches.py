@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbi import environment, identity, reference, steps
 from lbi.config import CacheConfig, LbiConfig
-from lbi.engines import make
+from lbi.engines import make, sliding
 from lbi.engines.cache import CHUNK, quantized_cache
 from lbi.engines.low_bit import LowBitCache
 from lbi.errors import NotApplied, Unsupported
@@ -182,6 +182,49 @@ def test_the_loop_generates_through_the_cache(config: Callable[..., LbiConfig], 
     assert len(set(found.tokens)) > 3
 
 
+@pytest.mark.parametrize(
+    ("window", "sinks", "length"), [(8, 2, 30), (8, 0, 30), (300, 4, 700), (9, 8, 20), (64, 4, 30)]
+)
+def test_a_window_sees_the_first_and_the_latest_tokens(window: int, sinks: int, length: int) -> None:
+    query, key, value = torch.randn(1, 4, length, 16), torch.randn(1, 2, length, 16), torch.randn(1, 2, length, 16)
+    now, past = torch.arange(length)[:, None], torch.arange(length)[None]
+    mask = (past <= now) & ((past > now - (window - sinks)) | (past < sinks))
+    wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    assert off(sliding.banded(query, key, value, None, window, sinks), wanted) < 1e-5
+
+
+@pytest.mark.parametrize(("window", "sinks", "first"), [(12, 4, 1), (12, 4, 9), (12, 0, 30), (12, 4, 40), (100, 4, 20)])
+def test_a_ring_goes_on_where_the_prompt_ended(
+    config: Callable[..., LbiConfig], window: int, sinks: int, first: int
+) -> None:
+    cell = config("cache=sliding", f"cache.window={window}", f"cache.sinks={sinks}")
+    exact = load(cell.model, cell.engine).model
+    engine = make(cell, load(cell.model, cell.engine).model, slots=first + 31)
+    prompt = torch.randint(0, 300, (first,)).tolist()
+    found = engine.generate(prompt, 30, seed=0, inspect=True)
+    again = engine.forward(prompt + found.tokens[:-1])[first - 1 :]
+    assert off(found.logits, again) < 1e-4
+    assert engine.generate(prompt, 30, seed=0).tokens == found.tokens
+    assert found.cache["slots"] == min(window, first + 31)
+    assert found.cache["bytes"] == 3 * 2 * 2 * 64 * 4 * found.cache["slots"]
+    steps._check_cache(cell, found.cache)
+    theirs = exact(torch.tensor([prompt + found.tokens[:-1]])).logits[0, first - 1 :]
+    # Until the window is full nothing is lost.
+    full = max(0, window - first + 1)
+    if full:
+        assert off(again[:full], theirs[:full]) < 1e-4
+    if full < 30:
+        assert off(again, theirs) > 1e-3
+
+
+def test_a_ring_takes_one_token_at_a_time(config: Callable[..., LbiConfig]) -> None:
+    cell = config("cache=sliding")
+    engine = make(cell, load(cell.model, cell.engine).model, slots=20)
+    cache = engine._allocate().cache  # type: ignore[attr-defined]
+    with pytest.raises(Unsupported, match="one token at a time"):
+        engine.model(input_ids=torch.tensor([[1, 2]]), past_key_values=cache)  # type: ignore[attr-defined]
+
+
 class Widest(TorchDispatchMode):
     """Notes the largest floating-point tensor that an operator makes while it is open."""
 
@@ -221,10 +264,11 @@ def test_bytes_are_those_of_the_tensors(config: Callable[..., LbiConfig], name: 
     assert found["bytes"] == 50 * found["bytes_per_slot"]
 
 
-def test_the_whole_step_is_one_compiled_graph(config: Callable[..., LbiConfig]) -> None:
+@pytest.mark.parametrize("cache", ["static_int8", "sliding"])
+def test_the_whole_step_is_one_compiled_graph(config: Callable[..., LbiConfig], cache: str) -> None:
     from lbi.compilers import counters
 
-    cell = config("cache=static_int8", "compiler=inductor")
+    cell = config(f"cache={cache}", "compiler=inductor", *(["cache.window=9"] if cache == "sliding" else []))
     model = load(cell.model, cell.engine).model
     eager, compiled = make(cell, model, slots=40), make(cell, model, slots=40)
     wanted = eager.generate([1, 2, 3], 15, seed=0).tokens
@@ -314,6 +358,9 @@ def test_run_ids_of_the_first_caches_are_what_they_were() -> None:
         (["engine=fused", "cache=offloaded"], "loop_needs_static_cache", "or engine=hf"),
         (["cache=hf_quantized_hqq", "compiler=inductor"], "static_shapes_need_static_cache", "moved by the host"),
         (["cache=hf_quantized_hqq", "cache.group_size=128"], "hf_quantized_cache_can_be_had", "3 x 64 keys"),
+        (["cache=sliding"], "sliding_needs_loop", "use engine=loop"),
+        (["engine=loop", "cache=sliding", "cache.sinks=256"], "sliding_needs_loop", "fill the window"),
+        (["engine=fused", "cache=sliding"], "loop_needs_static_cache", "stay where they are"),
         (["cache=offloaded"], "offloading_needs_gpu", "they are there"),
         (["cache=offloaded_static"], "offloading_needs_gpu", "they are there"),
     ],
@@ -380,5 +427,5 @@ def test_a_quality_pass_sees_what_generation_through_the_cache_sees(
 
 
 def test_what_can_be_runs(plan: MakePlan) -> None:
-    made = plan("engine=loop", "cache=static,static_int8,static_fp8,static_int4", model="smollm2_135m")
-    assert [cell.verdict for cell in made.cells] == [RUN] * 4
+    made = plan("engine=loop", "cache=static,static_int8,static_fp8,static_int4,sliding", model="smollm2_135m")
+    assert [cell.verdict for cell in made.cells] == [RUN] * 5

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import QuantizedCache, StaticCache
+from transformers import AttentionInterface, QuantizedCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from lbi.config import CacheConfig
 from lbi.errors import Unsupported
@@ -30,6 +32,29 @@ class LoopCache(StaticCache):  # type: ignore[misc]
         """Tokens before the first query: transformers' answer, or 0 without looking where that is known."""
         known = 0 if self.empty else self.length
         return super().get_query_offset(layer_idx) if known is None else known
+
+
+def attend_by(model: Any, name: str, function: Callable[..., Any]) -> None:
+    """Have the model attend by a function of ours, registered under this name. Raises `Unsupported`."""
+    if not getattr(model, "_supports_attention_backend", False):
+        raise Unsupported(f"transformers takes no attention function of ours for a {type(model).__name__}")
+    AttentionInterface.register(name, function)
+    model.set_attn_implementation(name)
+
+
+def refuse_extras(mask: torch.Tensor | None, others: Mapping[str, Any], what: str) -> None:
+    """Raises `Unsupported` for what a model adds to plain attention to all that came before."""
+    known = ("softcap", "s_aux", "position_bias", "sliding_window")
+    added = [name for name in known if others.get(name) is not None] + (["attention mask"] if mask is not None else [])
+    if added:
+        raise Unsupported(f"{what} has no {added[0]}, which the model wants")
+
+
+def require_full_attention(layers: Iterable[Any], what: str) -> None:
+    """Raises `Unsupported` for a model whose layers are not all of full attention."""
+    others = {type(layer).__name__ for layer in layers if type(layer) is not StaticLayer}
+    if others:
+        raise Unsupported(f"{what} is for full attention alone, and the model has a {min(others)}")
 
 
 def describe_cache(cache: Any) -> dict[str, Any]:

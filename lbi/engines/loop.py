@@ -27,7 +27,7 @@ import torch
 
 from lbi.config import LbiConfig
 from lbi.cuda_graphs import GraphedCall, require_device_counters
-from lbi.engines import Generation, Graphs, Mark, low_bit
+from lbi.engines import Generation, Graphs, Mark, low_bit, sliding
 from lbi.engines.cache import LoopCache, describe_cache
 from lbi.engines.clock import Clock
 from lbi.engines.sampling import Choose, asks_what_was_seen, chooser, note_seen
@@ -75,11 +75,13 @@ class LoopEngine:
     """Slots beyond the text's last one that a step may write to."""
 
     def __init__(self, model: Any, config: LbiConfig, slots: int) -> None:
-        if config.cache.kind != "static":
+        if config.cache.kind not in ("static", "sliding"):
             raise InputError("cache", config.cache.name, "moves its keys and values", "engine=loop needs cache=static")
         self.model, self.config, self.slots = model, config, slots
         if config.cache.format:
             low_bit.use(model, config.cache.format, config.cache.group_size)
+        if config.cache.window:
+            sliding.use(model, config.cache.window, config.cache.sinks or 0)
         self.device = config.engine.device
         self.tokens_at_once = config.engine.tokens_per_graph
         self._choose, self._names = chooser(config.decoding), takes(model)
@@ -203,6 +205,8 @@ class LoopEngine:
         kind, config = self.config.cache, self.model.config
         if kind.format:
             return low_bit.LowBitCache(config, self.slots, kind.format, kind.group_size)
+        if kind.window:
+            return sliding.SlidingCache(config, min(kind.window, self.slots), kind.sinks or 0)
         return LoopCache(config=config, max_cache_len=self.slots)
 
     def _prefill(self, ids: torch.Tensor, buffers: Buffers) -> torch.Tensor:

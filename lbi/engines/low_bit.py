@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface
 from transformers.cache_utils import StaticLayer
 
-from lbi.engines.cache import LoopCache
+from lbi.engines.cache import LoopCache, attend_by, refuse_extras, require_full_attention
 from lbi.errors import Unsupported
 from lbi.kernels import cache_ops
 from lbi.kernels.cache_formats import CacheFormat, Rows
@@ -79,11 +78,8 @@ class LowBitCache(LoopCache):
 
     def __init__(self, config: Any, max_cache_len: int, name: str, group: int | None) -> None:
         super().__init__(config=config, max_cache_len=max_cache_len)
-        plain: list[Any] = self.layers
-        others = {type(layer).__name__ for layer in plain if type(layer) is not StaticLayer}
-        if others:
-            raise Unsupported(f"a low-bit cache is for full attention alone, and the model has a {min(others)}")
-        self.layers: list[Any] = [LowBitLayer(max_cache_len, name, group) for _ in plain]
+        require_full_attention(self.layers, "a low-bit cache")
+        self.layers: list[Any] = [LowBitLayer(max_cache_len, name, group) for _ in self.layers]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **_: Any) -> Any:
         """See `LowBitLayer.update`."""
@@ -101,13 +97,7 @@ def format_for(name: str, group: int | None, width: int) -> CacheFormat:
 
 def use(model: Any, name: str, group: int | None) -> None:
     """Have the model attend by `attention` from now on. Raises `Unsupported` for one that cannot be told so."""
-    if not getattr(model, "_supports_attention_backend", False):
-        raise Unsupported(
-            f"cache.format={name}: transformers takes no attention function of ours for a {type(model).__name__}"
-        )
-    registered = f"lbi_{name}_{group or 'head'}"
-    AttentionInterface.register(registered, partial(attention, name=name, group=group))
-    model.set_attn_implementation(registered)
+    attend_by(model, f"lbi_{name}_{group or 'head'}", partial(attention, name=name, group=group))
 
 
 def attention(
@@ -126,9 +116,7 @@ def attention(
 
     There is no mask: tokens attend to all that is before them. Raises `Unsupported` for what models add to that.
     """
-    added = [what for what in ("softcap", "s_aux", "position_bias", "sliding_window") if others.get(what) is not None]
-    if attention_mask is not None or added:
-        raise Unsupported(f"a low-bit cache has no {added[0] if added else 'attention mask'}, which the model wants")
+    refuse_extras(attention_mask, others, "a low-bit cache")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, Held):
         kind = format_for(name, group, query.shape[-1])
