@@ -180,6 +180,13 @@ class DecodingConfig:
         default=None,
     )
     draft_layers: int | None = knob("self: blocks that the draft has, the first ones; null: all", default=None, low=1)
+    grammar: str | None = knob("structured: the grammar that the text must follow, or a file with it", default=None)
+    grammar_kind: Literal["json_schema", "regex", "lark"] | None = knob(
+        "structured: what the grammar is written in", default=None
+    )
+    fast_forward: bool = knob(
+        "structured: feed tokens that the grammar leaves no choice for at once, draft_tokens at most", default=False
+    )
     ngram: int | None = knob("lookup: longest ending of the text that is looked up, in tokens", default=None, low=1)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from lbi import structured
 from lbi.config import IDENTITY, CacheConfig, DecodingConfig, EngineConfig, LbiConfig, ModelConfig, QuantizerConfig
 from lbi.errors import InputError
 from lbi.model_files import ModelFacts, inspect
@@ -66,6 +67,8 @@ def canonical_decoding(decoding: DecodingConfig) -> str:
     known = plain(decoding)
     later = {spec.name: spec.default for spec in fields(DecodingConfig) if spec.name not in FIRST_DECODING_KNOBS}
     kept = {name: value for name, value in known.items() if name not in later or value != later[name]}
+    if decoding.grammar is not None:
+        kept["grammar"] = structured.text(decoding)
     if decoding.draft_quantizer is not None:
         kept["draft_quantizer"] = content(option(decoding.draft_quantizer))
     if decoding.draft is not None:

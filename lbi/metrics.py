@@ -56,10 +56,12 @@ METRICS: dict[str, Metric] = {
     "acceptance_length": Metric(
         "token", "speculative: new tokens per verification, the model's own included", "higher"
     ),
-    "acceptance_rate": Metric("1", "speculative: share of drafted tokens that stood", "higher"),
+    "acceptance_rate": Metric("1", "speculative: share of drafted tokens that stood, forced ones aside", "higher"),
     "draft_length": Metric("token", "speculative: tokens drafted per verification"),
     "draft_s": Metric("s", "speculative: time to draft and to prepare it, per verification", "lower"),
     "verify_s": Metric("s", "speculative: time of one verification", "lower"),
+    "forced_share": Metric("1", "structured: share of the text's tokens that the grammar left no choice for"),
+    "mask_s": Metric("s", "structured: time of the host for the grammar, per token of the text", "lower"),
     "load_s": Metric("s", "reading the weights", "lower"),
     "quantize_s": Metric("s", "quantizing them", "lower"),
     "compile_s": Metric("s", "the first call less the median of the timed ones", "lower"),
@@ -110,24 +112,35 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """What drafts came to in one generation. `draft_s` and `verify_s` are seconds of all its verifications."""
+    """What drafts came to in one generation of `tokens`. Seconds are those of all its verifications together."""
 
+    tokens: int
     verifications: int
     drafted: int
     accepted: int
     draft_s: float
     verify_s: float
+    forced: int = 0
+    mask_s: float = 0.0
+
+
+def summarize_structure(found: Sequence[Speculation]) -> dict[str, float | None]:
+    """The metrics of structured decoding over all repetitions."""
+    tokens = sum(one.tokens for one in found)
+    forced, seconds = sum(one.forced for one in found), sum(one.mask_s for one in found)
+    return {"forced_share": forced / tokens, "mask_s": seconds / tokens}
 
 
 def summarize_speculation(found: Sequence[Speculation]) -> dict[str, float | None]:
     """The metrics of speculative decoding over all repetitions; none where there was no verification."""
     verifications = sum(one.verifications for one in found)
+    forced = sum(one.forced for one in found)
     drafted, accepted = sum(one.drafted for one in found), sum(one.accepted for one in found)
     if not verifications:
         return {}
     return {
         "acceptance_length": 1.0 + accepted / verifications,
-        "acceptance_rate": accepted / drafted if drafted else None,
+        "acceptance_rate": (accepted - forced) / (drafted - forced) if drafted > forced else None,
         "draft_length": drafted / verifications,
         "draft_s": sum(one.draft_s for one in found) / verifications,
         "verify_s": sum(one.verify_s for one in found) / verifications,

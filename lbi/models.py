@@ -31,6 +31,7 @@ class LoadedModel:
     model: Any
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
+    tokenizer: Any = None
 
 
 def load(config: ModelConfig, engine: EngineConfig) -> LoadedModel:
@@ -86,6 +87,7 @@ def _from_folder(config: ModelConfig, engine: EngineConfig, location: str, held:
         model,
         lambda text: tokenizer(text)["input_ids"],
         lambda tokens: tokenizer.decode(tokens),
+        tokenizer,
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any
 
-from lbi import environment, speculation_rules
+from lbi import environment, speculation_rules, structured
 from lbi.config import CacheConfig, LbiConfig, QuantizerConfig
 from lbi.kernels import rsr_index
 from lbi.model_files import ModelFacts
@@ -164,6 +164,13 @@ def speculation_is_complete(config: LbiConfig, facts: ModelFacts, machine: Machi
 )
 def speculation_needs_own_loop(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     return speculation_rules.impossible(config, facts)
+
+
+@rule("llguidance 1.9.1, LLMatcher.validate_grammar: it needs no tokenizer, so no model is loaded in vain")
+def grammar_can_be_followed(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.decoding.grammar is None:
+        return None
+    return structured.why_not(config.decoding)
 
 
 @rule("sampling without a temperature or a seed could not be repeated")

@@ -88,7 +88,7 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     steps.check_one_row(config, loaded.model, layers, len(prompt), record, phases)
     check = steps.plain_path(config, loaded.model, prompt, phases)
     # Made after it: engine=fused turns the model's layers into views of its own matrices.
-    engine = make(config, loaded.model, slots, draft)
+    engine = make(config, loaded.model, slots, draft, loaded.tokenizer)
     layers = steps.read_again(config, loaded.model, layers)
     steps.warm_up(config, engine, prompt, record, phases)
     steps.keep_tuning(layers, tuning)

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from lbi.config import DecodingConfig, LbiConfig
 from lbi.model_files import ModelFacts
 
-DRAFT_KNOBS = ("draft_tokens", "adaptive", "ngram", "draft", "draft_quantizer", "draft_layers")
+GRAMMAR_KNOBS = frozenset({"grammar", "grammar_kind", "fast_forward", "draft_tokens"})
+"""Knobs of decoding that structured decoding reads besides."""
+
+DRAFT_KNOBS = (
+    *("draft_tokens", "adaptive", "ngram", "draft", "draft_quantizer", "draft_layers"),
+    *("grammar", "grammar_kind", "fast_forward"),
+)
 READ_BY: Mapping[str | None, frozenset[str]] = {
     None: frozenset(),
     "lookup": frozenset({"draft_tokens", "adaptive", "ngram"}),
@@ -17,17 +23,23 @@ READ_BY: Mapping[str | None, frozenset[str]] = {
 """Knobs of decoding that each kind of speculation reads."""
 
 
+def knobs_read(decoding: DecodingConfig) -> frozenset[str]:
+    """Knobs that these kinds of speculation and structure read."""
+    is_structured = decoding.grammar_kind is not None
+    return READ_BY[decoding.speculative] | (GRAMMAR_KNOBS if is_structured else frozenset())
+
+
 def unread(decoding: DecodingConfig) -> str | None:
     """Why a knob that is set would change nothing."""
     for name in DRAFT_KNOBS:
-        if name not in READ_BY[decoding.speculative] and getattr(decoding, name) not in (None, False):
+        if name not in knobs_read(decoding) and getattr(decoding, name) not in (None, False):
             return f"decoding.{name} is not read by {decoding.name}"
     return None
 
 
 def incomplete(decoding: DecodingConfig, facts: ModelFacts) -> str | None:
     """What is missing for drafts to be made."""
-    needed = READ_BY[decoding.speculative] & {"draft_tokens", "ngram", "draft"}
+    needed = knobs_read(decoding) & {"draft_tokens", "ngram", "draft", "grammar"}
     missing = [name for name in DRAFT_KNOBS if name in needed and getattr(decoding, name) is None]
     if missing:
         return f"{decoding.name} needs decoding.{missing[0]}"
@@ -40,9 +52,16 @@ def incomplete(decoding: DecodingConfig, facts: ModelFacts) -> str | None:
 
 
 def impossible(config: LbiConfig, facts: ModelFacts) -> str | None:
-    """Why this engine or this model cannot verify drafts."""
-    if config.decoding.speculative is None:
+    """Why this engine or this model cannot verify drafts, or follow a grammar."""
+    if config.decoding.speculative is None and config.decoding.grammar_kind is None:
         return None
+    if config.decoding.grammar_kind is not None:
+        if config.engine.kind != "loop":
+            return f"{config.decoding.name} is for engine=loop with cache=static, which masks what it chooses from"
+        if config.decoding.speculative not in (None, "lookup"):
+            return f"a grammar goes together with speculative=lookup, not with {config.decoding.speculative}"
+        if config.model.source == "random":
+            return "random weights have no tokenizer, and a grammar is about text"
     if config.engine.kind == "hf":
         return f"{config.decoding.name} is verified by the loop of lbi's own: use engine=loop with cache=static"
     if config.engine.kind == "fused" and config.decoding.speculative != "lookup":

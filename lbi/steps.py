@@ -23,7 +23,7 @@ from lbi.compilers import CompilerState, counters
 from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig
 from lbi.draft_models import Draft
 from lbi.energy import EnergyMeter
-from lbi.engines import Engine, make, plain_engine, steps_to_look_at
+from lbi.engines import Engine, Generation, make, plain_engine, steps_to_look_at
 from lbi.errors import BadNumerics, Disturbed, NotApplied, RunFailure, Unsupported
 from lbi.files import BadFile, read_json, write_json
 from lbi.gpu_processes import ForeignWatch, named
@@ -34,6 +34,7 @@ from lbi.metrics import (
     prefill_flop,
     summarize,
     summarize_speculation,
+    summarize_structure,
 )
 from lbi.models import known_facts
 from lbi.process import CpuWatch, PeakMemory, Phases
@@ -178,11 +179,13 @@ def plain_path(
 ) -> Callable[[list[int]], dict[str, Any]] | None:
     """A check of the cell's greedy tokens against generate(), eager and with a dynamic cache, on the same weights.
 
-    None where there is nothing to check: the cell is that path, it samples, or its cache is not lossless.
+    None where there is nothing to check: the cell is that path, it samples, follows a grammar, or its cache is
+    not lossless.
     """
     eager, dynamic = config.compiler.backend == "eager", config.cache.kind == "dynamic"
     is_plain = config.engine.kind == "hf" and eager and dynamic
-    if is_plain or config.decoding.kind != "greedy" or not config.cache.lossless:
+    free = config.decoding.kind == "greedy" and config.decoding.grammar is None
+    if is_plain or not free or not config.cache.lossless:
         return None
     with phases("plain path"):
         plain = replace(config, engine=plain_engine(config.engine), compiler=PLAIN_COMPILER, cache=PLAIN_CACHE)
@@ -277,6 +280,7 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
             if others.during and config.resources.foreign != "ignore":
                 void = void or f"{named(others.during)} on the GPU"
             record.samples += _sample_rows(number, generation.timing, void, watch)
+            _check_structure(config, generation)
             if void:
                 voids.append(void)
                 continue
@@ -289,12 +293,26 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
     if len(valid) < wanted:
         raise _too_few(voids, len(valid), config.measure.void_budget)
     record.metrics |= summarize(valid) | summarize_speculation(speculations)
+    if config.decoding.grammar is not None:
+        record.metrics |= summarize_structure(speculations)
     record.metrics["void_samples"] = float(len(voids))
     record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
     record.effective |= others.report()
     _note_compile(config, valid, record)
-    _note_surroundings(config, joules, record)
+    _note_surroundings(config, joules, len(tokens), record)
     return tokens
+
+
+def _check_structure(config: LbiConfig, generation: Generation) -> None:
+    """Raises `NotApplied` for a text that stops in the middle of its grammar, `Unsupported` for one of a token."""
+    if config.decoding.grammar is None:
+        return
+    if not generation.finished:
+        raise NotApplied(
+            f"the grammar is not complete after {config.workload.new_tokens} tokens: raise workload.new_tokens"
+        )
+    if len(generation.tokens) < 2:
+        raise Unsupported("the grammar is complete after one token, and the time between tokens needs two")
 
 
 def _too_few(voids: list[str], valid: int, budget: int) -> RunFailure:
@@ -312,7 +330,7 @@ def _note_compile(config: LbiConfig, valid: list[Timing], record: Record) -> Non
     record.metrics["compile_s"] = max(0.0, record.first_call_s - usual)
 
 
-def _note_surroundings(config: LbiConfig, joules: list[float | None], record: Record) -> None:
+def _note_surroundings(config: LbiConfig, joules: list[float | None], new_tokens: int, record: Record) -> None:
     """What others took of the CPU, and what the device took of energy."""
     foreign = [row["foreign_cpu"] for row in record.samples if row["foreign_cpu"] is not None]
     record.metrics["foreign_cpu"] = max(foreign, default=None)
@@ -322,7 +340,7 @@ def _note_surroundings(config: LbiConfig, joules: list[float | None], record: Re
     if len(known) < len(joules):
         record.missing["energy_j_per_token"] = EnergyMeter.why_not(config.engine.device)
     else:
-        record.metrics["energy_j_per_token"] = sum(known) / len(known) / config.workload.new_tokens
+        record.metrics["energy_j_per_token"] = sum(known) / len(known) / new_tokens
 
 
 def _sample_rows(number: int, timing: Timing, void: str, watch: CpuWatch) -> list[dict[str, Any]]:
@@ -384,6 +402,8 @@ def score(
     greedy = read_json(folders["greedy"] / "greedy.json", SCHEMA)
     if config.decoding.kind != "greedy":
         record.missing["first_divergence"] = "sampled tokens are not compared"
+    elif config.decoding.grammar is not None:
+        record.missing["first_divergence"] = "tokens that follow a grammar are not compared"
     elif greedy is None:
         record.missing["first_divergence"] = no_reference
     else:

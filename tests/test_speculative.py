@@ -59,6 +59,8 @@ def config(plan: MakePlan) -> MakeConfig:
 class Oracle:
     """Drafts what is known to come, with each `wrong`-th token of the text spoilt."""
 
+    finished, surplus, forced, mask_s = False, 0, 0, 0.0
+
     def __init__(self, engine: Any, coming: Sequence[int], wrong: int) -> None:
         self.engine, self.coming, self.wrong, self.at = engine, coming, wrong, 0
 
@@ -164,12 +166,12 @@ def test_times_are_the_verifications_and_the_last_is_cut(config: MakeConfig) -> 
     timing, speculation = read_clock([0.0, 1.0, 1.1, 2.0, 2.5, 4.0, 4.25], [(3, 2), (4, 5)], 7, 6)
     assert timing.tokens == (1.0, 2.0, 2.0, 4.0, 4.0, 4.0)
     assert timing.end == 4.25
-    assert speculation == Speculation(2, 7, 5, pytest.approx(0.6), pytest.approx(2.4))
+    assert speculation == Speculation(6, 2, 7, 5, pytest.approx(0.6), pytest.approx(2.4))
     found = summarize_speculation([speculation, speculation])
     assert found == pytest.approx(
         {"acceptance_length": 3.5, "acceptance_rate": 5 / 7, "draft_length": 3.5, "draft_s": 0.3, "verify_s": 1.2}
     )
-    assert summarize_speculation([Speculation(3, 0, 0, 0.1, 0.2)])["acceptance_rate"] is None
+    assert summarize_speculation([Speculation(4, 3, 0, 0, 0.1, 0.2)])["acceptance_rate"] is None
     assert summarize_speculation([]) == {}
 
 

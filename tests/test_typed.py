@@ -13,7 +13,7 @@ from lbi import rules
 from lbi.config import LbiConfig
 from lbi.errors import InputError
 from lbi.quantizers import FAMILIES, method
-from lbi.speculation_rules import READ_BY
+from lbi.speculation_rules import GRAMMAR_KNOBS, READ_BY
 from lbi.typed import build, knob, plain
 
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}
@@ -98,9 +98,9 @@ def test_every_option_lists_every_knob_that_it_reads(option: Path) -> None:
         made = build(get_type_hints(LbiConfig)[group], content, group)
         assert listed == {"name", "family", "method"} | method(made).knobs
     elif group == "decoding":
-        drafts = READ_BY[content.get("speculative")]
+        drafts = READ_BY[content.get("speculative")] | (GRAMMAR_KNOBS if "grammar" in content else set())
         knobs = SAMPLING if content["kind"] == "sampling" or drafts else set()
-        knobs = knobs | drafts | ({"speculative"} if drafts else set())
+        knobs = knobs | drafts | ({"speculative"} if "speculative" in content else set())
         assert listed == {"name", "kind"} | knobs
     elif group == "engine":
         knobs = set() if content["kind"] == "hf" else {"tokens_per_graph"}

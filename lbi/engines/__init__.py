@@ -27,6 +27,8 @@ class Generation:
     logits: Any = None
     cache: dict[str, Any] = field(default_factory=dict)
     speculation: Speculation | None = None
+    finished: bool = False
+    """The text came to its own end before `new_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +65,15 @@ class Engine(Protocol):
         """While it is open, each launch of decode steps happens inside a `mark(tokens)`; the prefill does not."""
 
 
-def make(config: LbiConfig, model: Any, slots: int, draft: Any = None) -> Engine:
+def make(config: LbiConfig, model: Any, slots: int, draft: Any = None, tokenizer: Any = None) -> Engine:
     """The engine of a cell. `model` is already quantized; `slots` is the length of a static cache, in tokens.
 
-    `draft` is the `Draft` of speculative decoding by a model.
+    `draft` is the `Draft` of speculative decoding by a model, `tokenizer` what structured decoding needs.
     """
+    if config.engine.kind == "loop" and config.decoding.grammar is not None:
+        from lbi.engines.loop_structured import StructuredLoop
+
+        return StructuredLoop(model, config, slots, tokenizer)
     if config.engine.kind == "loop" and config.decoding.speculative is not None:
         from lbi.engines.loop_speculative import SpeculativeLoop
 

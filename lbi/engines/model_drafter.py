@@ -27,6 +27,8 @@ DraftStep = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 class ModelDrafter:
     """Drafts of `draft` for the text in `buffers`; see `Drafter`."""
 
+    finished, surplus, forced, mask_s = False, 0, 0, 0.0
+
     def __init__(self, draft: Draft, config: LbiConfig, buffers: Buffers, drafts: Drafts, slots: int) -> None:
         self.draft, self.buffers, self.drafts = draft, buffers, drafts
         self.eager, self.graphed = config.compiler.backend == "eager", config.compiler.backend == "cudagraph"

@@ -9,6 +9,7 @@ verification is a graph of fixed shapes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -44,7 +45,16 @@ class Target(Protocol):
 
 
 class Drafter(Protocol):
-    """Where drafts come from."""
+    """Where drafts come from.
+
+    `finished`: the text needs no more tokens, nor its last `surplus` ones. `forced` drafts were the only ones
+    that a grammar allowed, and `mask_s` are the seconds that it took, both since `prepare`.
+    """
+
+    finished: bool
+    surplus: int
+    forced: int
+    mask_s: float
 
     def prepare(self, counts: Sequence[int]) -> None:
         """Forget the last text, and capture what is not yet captured."""
@@ -61,6 +71,8 @@ class Drafter(Protocol):
 
 class LookupDrafter:
     """Drafts from the text itself: see lookup.py."""
+
+    finished, surplus, forced, mask_s = False, 0, 0, 0.0
 
     def __init__(self, drafts: Drafts, ngram: int) -> None:
         self.ngram, self.drafts = ngram, drafts
@@ -98,16 +110,20 @@ class Pace:
 
     def __init__(self, decoding: DecodingConfig) -> None:
         self.most, self.adaptive = decoding.draft_tokens or 1, decoding.adaptive
+        # What a grammar forces is of any length.
+        self.by_grammar = decoding.grammar is not None
         self.count = self.most
 
     def counts(self) -> list[int]:
         """Every number of drafts that there can be, besides none."""
-        if not self.adaptive:
+        if not self.adaptive and not self.by_grammar:
             return [self.most]
         return sorted({self.most >> shift for shift in range(self.most.bit_length())})
 
     def note(self, drafted: int, stood: int) -> None:
         """Learn from a turn."""
+        if not self.adaptive:
+            return
         steps = self.counts()
         at = steps.index(self.count)
         if drafted and stood == drafted:
@@ -129,7 +145,7 @@ class Speculator:
         clock, pace = Clock(self.device), Pace(self.decoding)
         counts = pace.counts()
         # A lookup may find nothing, a model always says something.
-        target.prepare([0, *counts] if self.decoding.speculative == "lookup" else counts)
+        target.prepare(counts if self.decoding.speculative in ("draft", "self") else [0, *counts])
         self.drafter.prepare(counts)
         ids = torch.tensor(prompt, device=self.drafts.tokens.device)
         torch.manual_seed(seed)
@@ -142,7 +158,7 @@ class Speculator:
         tokens = [target.last_token()]
         self.drafter.extend(tokens)
         turns: list[tuple[int, int]] = []
-        while len(tokens) < new_tokens:
+        while len(tokens) < new_tokens and not self.drafter.finished:
             count = self.drafter.propose(pace.count)
             clock.mark()
             with mark(1):
@@ -156,11 +172,14 @@ class Speculator:
             if inspect:
                 logits.append(found[:made].to("cpu", copy=True))
         clock.mark()
+        text = len(tokens) - self.drafter.surplus
+        finished, new_tokens = self.drafter.finished and text <= new_tokens, min(text, new_tokens)
         timing, speculation = read_clock(clock.seconds(), turns, len(prompt), new_tokens)
+        speculation = replace(speculation, forced=self.drafter.forced, mask_s=self.drafter.mask_s)
         if not inspect:
-            return Generation(tokens[:new_tokens], timing, speculation=speculation)
+            return Generation(tokens[:new_tokens], timing, speculation=speculation, finished=finished)
         kept = torch.cat([one.cpu() for one in logits])[:new_tokens]
-        return Generation(tokens[:new_tokens], timing, kept, target.describe_cache(), speculation)
+        return Generation(tokens[:new_tokens], timing, kept, target.describe_cache(), speculation, finished)
 
 
 def read_clock(
@@ -174,6 +193,7 @@ def read_clock(
         times += [at] * made
     before = [first, *verified]
     speculation = Speculation(
+        tokens=len(times[:new_tokens]),
         verifications=len(turns),
         drafted=sum(count for count, _ in turns),
         accepted=sum(made - 1 for _, made in turns),

@@ -106,12 +106,48 @@ def seen_by_row(seen: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
 def verify_step(model: Any, decoding: DecodingConfig, names: frozenset[str]) -> Callable[..., torch.Tensor]:
     """One verification by a model of transformers; all that it reads and writes are its arguments.
 
-    The arguments are those of loop.py's `Buffers` and of `Drafts.first`. What is rolled back is a counter:
-    keys and values behind it are masked, and written over by the next pass.
+    The arguments are those of loop.py's `Buffers` and of `Drafts.first`.
+    """
+    feed, settle = feed_step(model, names), settle_step(decoding)
+
+    def step(
+        token: torch.Tensor,
+        position: torch.Tensor,
+        tokens: torch.Tensor,
+        noise: Any,
+        seen: Any,
+        cache: Any,
+        *drafts: Any,
+    ) -> torch.Tensor:
+        logits = feed(token, position, cache, drafts[0])
+        settle(logits, token, position, tokens, noise, seen, cache, *drafts)
+        return logits
+
+    return step
+
+
+def feed_step(model: Any, names: frozenset[str]) -> Callable[..., torch.Tensor]:
+    """The last token and its drafts through the model: logits (n + 1, vocabulary), float32."""
+
+    def feed(token: torch.Tensor, position: torch.Tensor, cache: Any, drafts: torch.Tensor) -> torch.Tensor:
+        fed = torch.cat([token[0], drafts])
+        where = position + torch.arange(fed.shape[0], device=fed.device)
+        given = {"position_ids": where[None]} if "position_ids" in names else {}
+        logits: torch.Tensor = model(input_ids=fed[None], past_key_values=cache, use_cache=True, **given).logits
+        return logits[0].float()
+
+    return feed
+
+
+def settle_step(decoding: DecodingConfig) -> Callable[..., None]:
+    """What the logits of a verification come to: tokens, the next one to feed, the report, and the cache's length.
+
+    What is rolled back is a counter: keys and values behind it are masked, and written over by the next pass.
     """
     accept, penalized = acceptance(decoding), asks_what_was_seen(decoding)
 
-    def step(
+    def settle(
+        logits: torch.Tensor,
         token: torch.Tensor,
         position: torch.Tensor,
         tokens: torch.Tensor,
@@ -122,24 +158,19 @@ def verify_step(model: Any, decoding: DecodingConfig, names: frozenset[str]) -> 
         shares: torch.Tensor | None,
         uniform: torch.Tensor | None,
         report: torch.Tensor,
-    ) -> torch.Tensor:
-        fed = torch.cat([token[0], drafts])
-        where = position + torch.arange(fed.shape[0], device=fed.device)
-        given = {"position_ids": where[None]} if "position_ids" in names else {}
-        logits = model(input_ids=fed[None], past_key_values=cache, use_cache=True, **given).logits[0].float()
+    ) -> None:
         chosen, made = accept(logits, drafts, noise, uniform, shares, seen)
+        ahead = torch.arange(chosen.shape[0], device=chosen.device)
         if penalized and seen is not None:
             # The first always stands, so the others can be marked as that one where they do not.
-            stands = torch.arange(fed.shape[0], device=fed.device) < made
-            seen.scatter_(1, torch.where(stands, chosen, chosen[:1])[None], True)
-        tokens.index_copy_(0, where + 1, chosen)
+            seen.scatter_(1, torch.where(ahead < made, chosen, chosen[:1])[None], True)
+        tokens.index_copy_(0, position + 1 + ahead, chosen)
         token.copy_(chosen.index_select(0, made - 1)[None])
         position.add_(made)
         rewind(cache, position)
         report.copy_(torch.cat([made, chosen]))
-        return logits
 
-    return step
+    return settle
 
 
 def rewind(cache: Any, position: torch.Tensor) -> None:
