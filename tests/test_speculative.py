@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -361,8 +362,9 @@ SAMPLED = ["decoding.kind=sampling", "decoding.temperature=0.8", "decoding.seed=
 
 def drafted_by(cell: LbiConfig, model: Any, draft: Any, slots: int) -> Any:
     """An engine whose draft is quantized as the cell says."""
-    phases = Phases(Path())
-    steps.quantize_draft(cell, draft, Record(Path(), phases), phases)
+    with TemporaryDirectory() as folder:
+        phases = Phases(Path(folder))
+        steps.quantize_draft(cell, draft, Record(Path(folder), phases), phases)
     return make(cell, model, slots, draft)
 
 
@@ -435,16 +437,16 @@ def test_a_draft_recovers_from_what_was_wrong(config: MakeConfig) -> None:
         assert (found.speculation.verifications, found.speculation.accepted) == (15, 3 * (0 + 1 + 2 + 3 + 4))
 
 
-def test_a_draft_shares_what_it_does_not_quantize(config: MakeConfig) -> None:
+def test_a_draft_shares_what_it_does_not_quantize(config: MakeConfig, tmp_path: Path) -> None:
     cell = config("decoding=speculative_self", "decoding.draft_quantizer=native_w4", "quantizer=int8_wo")
     model = load(cell.model, cell.engine).model
     draft = load_draft(cell, model)
     assert draft is not None
     original = model.model.layers[0].mlp.up_proj.weight
     assert draft.model.model.layers[0].mlp.up_proj.weight is original
-    phases = Phases(Path())
-    record = Record(Path(), phases)
-    steps.quantize(cell, model, [1, 2, 3], Path("tuning.json"), record, phases)
+    phases = Phases(tmp_path)
+    record = Record(tmp_path, phases)
+    steps.quantize(cell, model, [1, 2, 3], tmp_path / "tuning.json", record, phases)
     layers = steps.quantize_draft(cell, draft, record, phases)
     assert draft.model.model.embed_tokens.weight is model.model.embed_tokens.weight
     assert {layer.seen.kind for layer in layers if layer.seen.quantized} == {"NativeLinear[w4, torch]"}

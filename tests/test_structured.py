@@ -184,17 +184,17 @@ def test_pass_and_choice_are_a_graph_each(config: MakeConfig, tokenizer: Any, mo
     assert graphs.captured == 8
 
 
-def test_a_text_that_is_cut_or_cannot_be_timed_is_no_result(config: MakeConfig, tokenizer: Any) -> None:
-    phases = Phases(Path())
+def test_a_text_that_is_cut_or_cannot_be_timed_is_no_result(config: MakeConfig, tokenizer: Any, tmp_path: Path) -> None:
+    phases = Phases(tmp_path)
     cell = config(LIST, "workload.new_tokens=10", "measure=quick")
     model = load(cell.model, cell.engine).model
     engine = make(cell, model, 60, tokenizer=tokenizer)
     with pytest.raises(NotApplied, match="not complete after 10 tokens"):
-        steps.measure(cell, engine, [1, 2], Record(Path(), phases), phases)
+        steps.measure(cell, engine, [1, 2], Record(tmp_path, phases), phases)
     with pytest.raises(Unsupported, match="fast tokenizer"):
         make(cell, model, 60, tokenizer=None)
     whole = replace(cell, workload=replace(cell.workload, new_tokens=120))
-    record = Record(Path(), phases)
+    record = Record(tmp_path, phases)
     tokens = steps.measure(whole, make(whole, model, 160, tokenizer=tokenizer), [1, 2], record, phases)
     assert len(tokens) < 120
     assert 0 < record.metrics["mask_s"] < 1
