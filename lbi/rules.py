@@ -346,13 +346,9 @@ def loop_needs_static_cache(config: LbiConfig, facts: ModelFacts, machine: Machi
     "transformers 5.23.0: a StaticLayer has the model's own type; its low-bit cache, QuantizedCache, grows, and writes "
     "out all of itself at every step"
 )
-def low_bit_needs_loop(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
-    if config.cache.format is None:
-        return None
-    if config.engine.kind != "loop":
-        return f"cache={config.cache.name} is read by attention of lbi's own: use engine=loop"
-    if machine.device == "cuda":
-        return f"cache={config.cache.name} has no kernel for a GPU yet"
+def low_bit_needs_own_engine(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.cache.format is not None and config.engine.kind == "hf":
+        return f"cache={config.cache.name} is read by attention of lbi's own: use engine=loop or engine=fused"
     return None
 
 
@@ -377,6 +373,8 @@ def cache_groups_fit(config: LbiConfig, facts: ModelFacts, machine: Machine) -> 
     group = config.cache.group_size or width
     if width and (width % 2 or width % group):
         return f"groups of {group} do not divide the {width} values of a head, or those are an odd number"
+    if width and machine.device == "cuda" and group != width and width // 2 % group:
+        return f"on a GPU groups are of a whole head of {width} values or of its half, which {group} do not divide"
     return None
 
 
