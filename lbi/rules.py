@@ -333,13 +333,11 @@ def static_shapes_need_static_cache(config: LbiConfig, facts: ModelFacts, machin
 @rule("lbi/engines: a step is a function over tensors that never move, and a dynamic cache moves at every step")
 def loop_needs_static_cache(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     kind = config.engine.kind
-    if kind == "loop" and config.cache.kind == "sliding":
+    cache = config.cache.kind
+    if kind == "hf" or cache == "static" or (kind == "loop" and cache == "sliding"):
         return None
-    if kind in ("loop", "fused") and config.cache.kind != "static":
-        own = config.cache.kind not in ("dynamic", "static")
-        way_out = "cache=static, or engine=hf" if own else "cache=static"
-        return f"engine={kind} works on keys and values that stay where they are: use {way_out}"
-    return None
+    way_out = {"dynamic": "cache=static", "sliding": "engine=loop"}.get(cache, "cache=static, or engine=hf")
+    return f"engine={kind} works on keys and values that stay where they are: use {way_out}"
 
 
 @rule(

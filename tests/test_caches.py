@@ -391,7 +391,7 @@ def test_run_ids_of_the_first_caches_are_what_they_were() -> None:
         (["cache=hf_quantized_hqq", "cache.group_size=128"], "hf_quantized_cache_can_be_had", "3 x 64 keys"),
         (["cache=sliding"], "sliding_needs_loop", "use engine=loop"),
         (["engine=loop", "cache=sliding", "cache.sinks=256"], "sliding_needs_loop", "fill the window"),
-        (["engine=fused", "cache=sliding"], "loop_needs_static_cache", "stay where they are"),
+        (["engine=fused", "cache=sliding"], "loop_needs_static_cache", "use engine=loop"),
         (["cache=offloaded"], "offloading_needs_gpu", "they are there"),
         (["cache=offloaded_static"], "offloading_needs_gpu", "they are there"),
     ],
