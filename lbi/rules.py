@@ -357,26 +357,20 @@ def static_shapes_need_static_cache(config: LbiConfig, facts: ModelFacts, machin
 @rule("lbi/engines: a step is a function over tensors that never move, and a dynamic cache moves at every step")
 def loop_needs_static_cache(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
     kind = config.engine.kind
-    if kind == "loop" and config.cache.kind == "sliding":
+    cache = config.cache.kind
+    if kind == "hf" or cache == "static" or (kind == "loop" and cache == "sliding"):
         return None
-    if kind in ("loop", "fused") and config.cache.kind != "static":
-        own = config.cache.kind not in ("dynamic", "static")
-        way_out = "cache=static, or engine=hf" if own else "cache=static"
-        return f"engine={kind} works on keys and values that stay where they are: use {way_out}"
-    return None
+    way_out = {"dynamic": "cache=static", "sliding": "engine=loop"}.get(cache, "cache=static, or engine=hf")
+    return f"engine={kind} works on keys and values that stay where they are: use {way_out}"
 
 
 @rule(
     "transformers 5.23.0: a StaticLayer has the model's own type; its low-bit cache, QuantizedCache, grows, and writes "
     "out all of itself at every step"
 )
-def low_bit_needs_loop(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
-    if config.cache.format is None:
-        return None
-    if config.engine.kind != "loop":
-        return f"cache={config.cache.name} is read by attention of lbi's own: use engine=loop"
-    if machine.device == "cuda":
-        return f"cache={config.cache.name} has no kernel for a GPU yet"
+def low_bit_needs_own_engine(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    if config.cache.format is not None and config.engine.kind == "hf":
+        return f"cache={config.cache.name} is read by attention of lbi's own: use engine=loop or engine=fused"
     return None
 
 
@@ -401,6 +395,8 @@ def cache_groups_fit(config: LbiConfig, facts: ModelFacts, machine: Machine) -> 
     group = config.cache.group_size or width
     if width and (width % 2 or width % group):
         return f"groups of {group} do not divide the {width} values of a head, or those are an odd number"
+    if width and machine.device == "cuda" and group != width and width // 2 % group:
+        return f"on a GPU groups are of a whole head of {width} values or of its half, which {group} do not divide"
     return None
 
 

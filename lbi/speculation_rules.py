@@ -66,6 +66,12 @@ def impossible(config: LbiConfig, facts: ModelFacts) -> str | None:
         return f"{config.decoding.name} is verified by the loop of lbi's own: use engine=loop with cache=static"
     if config.engine.kind == "fused" and config.decoding.speculative != "lookup":
         return f"engine=fused has no model to draft with; {config.decoding.name} is for engine=loop"
+    if config.cache.kind == "sliding":
+        return "a ring of slots has written over older tokens when drafts are dropped from it: use cache=static"
+    if config.cache.format is not None and config.compiler.backend == "cudagraph":
+        return (
+            "attention of several tokens over a low-bit cache waits for the device: use compiler=eager or cache=static"
+        )
     if config.engine.tokens_per_graph > 1:
         return "engine.tokens_per_graph is for one token after the other; a verification is a graph of its own"
     arch = facts.arch or {}

@@ -18,7 +18,7 @@ from lbi.quantizers import audit
 
 CONFIG: Any = SimpleNamespace(
     engine=SimpleNamespace(device="cpu", tokens_per_graph=1),
-    cache=SimpleNamespace(kind="static", name="static"),
+    cache=SimpleNamespace(kind="static", name="static", format=None, group_size=None),
     decoding=SimpleNamespace(kind="greedy"),
 )
 

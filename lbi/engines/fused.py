@@ -21,6 +21,7 @@ from lbi.engines.clock import Clock
 from lbi.engines.fused_llama import Llama
 from lbi.engines.sampling import asks_what_was_seen, chooser, note_seen
 from lbi.errors import InputError
+from lbi.kernels.cache_formats import Rows
 from lbi.metrics import Timing
 
 Steps = Callable[[], list[torch.Tensor]]
@@ -40,7 +41,7 @@ class FusedEngine:
         if config.cache.kind != "static":
             raise InputError("cache", config.cache.name, "moves its keys and values", "engine=fused needs cache=static")
         self.config, self.slots, self.device = config, slots, config.engine.device
-        self.llama = Llama(model, slots)
+        self.llama = Llama(model, slots, config.cache)
         self.tokens_at_once = config.engine.tokens_per_graph
         self._choose = chooser(config.decoding)
         sampled, penalized = config.decoding.kind == "sampling", asks_what_was_seen(config.decoding)
@@ -161,14 +162,20 @@ class FusedEngine:
 
     def _describe_cache(self) -> dict[str, Any]:
         """Class, slots, type and storage of the cache, and that a step reads it as far as the text has come."""
-        layer, shape = self.llama.layers[0], self.llama.shape
-        per_slot = 2 * len(self.llama.layers) * shape.kv_heads * shape.width * layer.keys.element_size()
+        layers, slots = self.llama.layers, self.llama.shape.slots
+        tensors = [part for layer in layers for held in (layer.keys, layer.values) for part in parts_of(held)]
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return {
             "class": "FusedCache",
             "layer_class": "Layer",
-            "dtype": str(layer.keys.dtype).removeprefix("torch."),
-            "slots": shape.slots,
-            "bytes": per_slot * shape.slots,
-            "bytes_per_slot": per_slot,
+            "dtype": self.config.cache.format or str(tensors[0].dtype).removeprefix("torch."),
+            "slots": slots,
+            "bytes": stored,
+            "bytes_per_slot": stored // slots,
             "reads": "live",
         }
+
+
+def parts_of(held: torch.Tensor | Rows) -> tuple[torch.Tensor, ...]:
+    """The tensors of keys, or of values."""
+    return held.tensors if isinstance(held, Rows) else (held,)

@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from lbi.config import CacheConfig
 from lbi.engines.fused_weights import give_back, matrix_of, refusal
 from lbi.errors import Unsupported
+from lbi.kernels import cache_ops
+from lbi.kernels.cache_formats import CacheFormat, Rows, halves_problem
 from lbi.kernels.decode_torch import Shape, TorchSteps, rotate, times
 from lbi.kernels.formats import Packed, interleaved, stacked
 
@@ -30,7 +33,10 @@ Choose = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block: four matrices, the gains of its two norms, its part of the cache, (kv heads, slots, width) each."""
+    """One block: four matrices, the gains of its two norms, its part of the cache.
+
+    Keys and values are (kv heads, slots, width) each, or the rows of a low-bit cache.
+    """
 
     qkv: Packed
     out: Packed
@@ -38,14 +44,14 @@ class Layer:
     down: Packed
     attention_gain: torch.Tensor
     mlp_gain: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: torch.Tensor | Rows
+    values: torch.Tensor | Rows
 
 
 class Llama:
     """Llama 2 to 3.2, SmolLM2, TinyLlama, Mistral: what transformers calls `llama`, or `mistral` without a window."""
 
-    def __init__(self, model: Any, slots: int) -> None:
+    def __init__(self, model: Any, slots: int, cache: CacheConfig | None = None) -> None:
         config = model.config
         self.shape = Shape(
             hidden=config.hidden_size,
@@ -59,6 +65,7 @@ class Llama:
         if why is not None:
             raise Unsupported(f"engine=fused: {why}; {WAY_OUT}")
         self.dtype, self.device = model.model.norm.weight.dtype, model.model.norm.weight.device
+        self.cache = self._cache_format(cache)
         self.layers = [self._layer(block) for block in model.model.layers]
         self.gain = model.model.norm.weight.detach()
         self.table: Any = model.model.embed_tokens
@@ -97,10 +104,8 @@ class Llama:
         for layer in self.layers:
             q, k, v = self._heads(product(self._normed(stream, layer.attention_gain), layer.qkv), cos, sin)
             if keep:
-                layer.keys[:, :count], layer.values[:, :count] = k, v
-            mixed = F.scaled_dot_product_attention(
-                q[None], k[None], v[None], is_causal=True, enable_gqa=shape.heads != shape.kv_heads
-            )
+                self._fill(layer, k, v)
+            mixed = self._attended(q[None], k[None], v[None])
             stream = self._behind_attention(stream, mixed[0].transpose(0, 1).reshape(count, -1), layer)
         return stream
 
@@ -115,12 +120,8 @@ class Llama:
         sees = torch.arange(shape.slots, device=where.device)[None] <= where[:, None]
         for layer in self.layers:
             q, k, v = self._heads(product(self._normed(stream, layer.attention_gain), layer.qkv), cos, sin)
-            layer.keys.index_copy_(1, where, k)
-            layer.values.index_copy_(1, where, v)
-            mixed = F.scaled_dot_product_attention(
-                q[None], layer.keys[None], layer.values[None], sees, enable_gqa=shape.heads != shape.kv_heads
-            )
-            stream = self._behind_attention(stream, mixed[0].transpose(0, 1).reshape(count, -1), layer)
+            mixed = self._behind_cache(layer, where, sees, q, k, v)
+            stream = self._behind_attention(stream, mixed.transpose(0, 1).reshape(count, -1), layer)
         return self.logits(stream)
 
     def _heads(
@@ -138,6 +139,39 @@ class Llama:
         gate, up = product(self._normed(stream, layer.mlp_gain), layer.gate_up).view(len(stream), -1, 2).unbind(2)
         return stream + product(F.silu(gate) * up, layer.down)
 
+    def _behind_cache(
+        self, layer: Layer, where: torch.Tensor, sees: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Put tokens at `where` (T,) into the cache; attention (heads, T, width) over it, as far as each `sees`."""
+        if isinstance(layer.keys, Rows) and isinstance(layer.values, Rows) and self.cache is not None:
+            cache_ops.put(layer.keys, k, where[:1], self.cache)
+            cache_ops.put(layer.values, v, where[:1], self.cache)
+            scale = self.shape.width**-0.5
+            return cache_ops.attend(q, layer.keys, layer.values, where[-1:], self.cache, scale, offset=1)
+        keys, values = layer.keys, layer.values
+        keys.index_copy_(1, where, k)  # type: ignore[union-attr]
+        values.index_copy_(1, where, v)  # type: ignore[union-attr]
+        several = self.shape.heads != self.shape.kv_heads
+        return F.scaled_dot_product_attention(q[None], keys[None], values[None], sees, enable_gqa=several)[0]  # type: ignore[index]
+
+    def _fill(self, layer: Layer, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keys and values (kv heads, tokens, width) into the first slots."""
+        for held, new in ((layer.keys, k), (layer.values, v)):
+            if isinstance(held, Rows):
+                cache_ops.put_in_torch(*held.tensors, new, torch.zeros_like(self.steps.position), *self._format_name())
+            else:
+                held[:, : new.shape[1]] = new
+
+    def _format_name(self) -> tuple[str, int]:
+        return ("", 0) if self.cache is None else (self.cache.name, self.cache.group)
+
+    def _attended(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Causal attention of (1, heads, tokens, width), through a low-bit cache if there is one."""
+        if self.cache is not None:
+            return cache_ops.causal(q, k, v, self.cache, self.cache, self.shape.width**-0.5)
+        several = self.shape.heads != self.shape.kv_heads
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=several)
+
     def logits(self, stream: torch.Tensor) -> torch.Tensor:
         """(..., vocabulary) float32 of a stream (..., hidden)."""
         return product(self._normed(stream, self.gain), self.head).float()
@@ -151,7 +185,7 @@ class Llama:
         return angles.cos() * self._rotary.attention_scaling, angles.sin() * self._rotary.attention_scaling
 
     def _layer(self, block: Any) -> Layer:
-        attention, mlp, shape = block.self_attn, block.mlp, self.shape
+        attention, mlp = block.self_attn, block.mlp
         qkv = stacked([matrix_of(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)])
         gate_up = interleaved(matrix_of(mlp.gate_proj), matrix_of(mlp.up_proj))
         # The model's own layers become views, so that no weight is in memory twice.
@@ -161,7 +195,7 @@ class Llama:
             give_back(part, qkv, rows)
         for part, rows in ((mlp.gate_proj, slice(0, None, 2)), (mlp.up_proj, slice(1, None, 2))):
             give_back(part, gate_up, rows)
-        cache = torch.zeros(2, shape.kv_heads, shape.slots, shape.width, device=self.device, dtype=self.dtype)
+        keys, values = self._slots(), self._slots()
         return Layer(
             qkv,
             matrix_of(attention.o_proj),
@@ -169,16 +203,35 @@ class Llama:
             matrix_of(mlp.down_proj),
             block.input_layernorm.weight.detach(),
             block.post_attention_layernorm.weight.detach(),
-            cache[0],
-            cache[1],
+            keys,
+            values,
         )
+
+    def _slots(self) -> torch.Tensor | Rows:
+        shape = self.shape
+        if self.cache is not None:
+            return self.cache.allocate(shape.kv_heads, shape.slots, self.device)
+        return torch.zeros(shape.kv_heads, shape.slots, shape.width, device=self.device, dtype=self.dtype)
+
+    def _cache_format(self, cache: CacheConfig | None) -> CacheFormat | None:
+        """How the slots are stored; None is the model's own type. Raises `Unsupported`."""
+        if cache is None or cache.format is None:
+            return None
+        try:
+            made = CacheFormat(cache.format, self.shape.width, cache.group_size or self.shape.width)
+        except ValueError as error:
+            raise Unsupported(f"cache.group_size={cache.group_size}: {error}") from error
+        why = halves_problem(made) if self.device.type == "cuda" else None
+        if why is not None:
+            raise Unsupported(f"cache.group_size={cache.group_size}: {why}")
+        return made
 
     def _operations(self) -> Any:
         if self.device.type != "cuda":
-            return TorchSteps(self.shape, self.device, self.dtype)
+            return TorchSteps(self.shape, self.device, self.dtype, self.cache)
         from lbi.kernels.decode import TritonSteps
 
-        return TritonSteps(self.shape, self.device, self.dtype)
+        return TritonSteps(self.shape, self.device, self.dtype, self.cache)
 
 
 def product(x: torch.Tensor, matrix: Packed) -> torch.Tensor:

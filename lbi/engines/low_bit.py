@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
 from transformers.cache_utils import StaticLayer
 
 from lbi.engines.cache import LoopCache, attend_by, refuse_extras, require_full_attention
@@ -122,19 +121,6 @@ def attention(
         kind = format_for(name, group, query.shape[-1])
         made = cache_ops.attend(query[0], key.rows, value.rows, key.length, kind, scale)[None]  # type: ignore[union-attr]
     else:
-        made = causal(query, key, value, scale, name, group)  # type: ignore[arg-type]
+        kinds = (format_for(name, group, key.shape[-1]), format_for(name, group, value.shape[-1]))  # type: ignore[union-attr]
+        made = cache_ops.causal(query, key, value, *kinds, scale)  # type: ignore[arg-type]
     return made.transpose(1, 2).contiguous(), None
-
-
-def causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, name: str, group: int | None
-) -> torch.Tensor:
-    """Attention of a text's beginning to itself, (1, heads, tokens, width), through what the cache holds of it."""
-    # A CPU's kernel widens codes to float32, a GPU's to the model's type: rounding twice would be charged to the cache.
-    wide = torch.float32 if query.device.type == "cpu" else query.dtype
-    keys = format_for(name, group, key.shape[-1]).rounded(key).to(wide)
-    values = format_for(name, group, value.shape[-1]).rounded(value).to(wide)
-    made = F.scaled_dot_product_attention(
-        query.to(wide), keys, values, is_causal=query.shape[2] > 1, scale=scale, enable_gqa=True
-    )
-    return made.to(query.dtype)

@@ -96,3 +96,12 @@ class Rows:
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Both."""
         return self.codes, self.numbers
+
+
+def halves_problem(kind: CacheFormat) -> str | None:
+    """Why device/cache.py, which works on halves of a head, cannot have this format; None if it can."""
+    if kind.group != kind.width and (kind.width // 2) % kind.group:
+        return (
+            f"on a GPU groups are of a whole head or of its half; {kind.group} do not divide {kind.width // 2} values"
+        )
+    return None

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from lbi.kernels.cache_formats import FORMATS, CacheFormat, Rows
 from lbi.kernels.cpu_build import NoKernel, load
@@ -156,6 +157,49 @@ def _attend_on_cpu(
     return made.to(queries.dtype)
 
 
+def causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_kind: CacheFormat, value_kind: CacheFormat,
+    scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of a text's beginning to itself, (1, heads, tokens, width), through what a cache would hold of it."""
+    # A CPU's kernel widens codes to float32, a GPU's to the model's type: rounding twice would be charged to the cache.
+    wide = torch.float32 if query.device.type == "cpu" else query.dtype
+    keys, values = key_kind.rounded(key).to(wide), value_kind.rounded(value).to(wide)
+    made = F.scaled_dot_product_attention(
+        query.to(wide), keys, values, is_causal=query.shape[2] > 1, scale=scale, enable_gqa=True
+    )
+    return made.to(query.dtype)
+
+
+def _attend_on_gpu(
+    queries: torch.Tensor,
+    key_codes: torch.Tensor,
+    key_numbers: torch.Tensor,
+    value_codes: torch.Tensor,
+    value_numbers: torch.Tensor,
+    length: torch.Tensor,
+    name: str,
+    group: int,
+    scale: float,
+    offset: int,
+) -> torch.Tensor:
+    held = (key_codes, key_numbers, value_codes, value_numbers)
+    (heads, count, width), kv_heads = queries.shape, key_codes.shape[0]
+    kind = CacheFormat(name, width, group)
+    if count > 1:
+        return attend_in_torch(queries, *held, length, name, group, scale, offset)
+    from lbi.kernels import cache_gpu
+
+    splits = cache_gpu.splits_for(queries.device, kv_heads, key_codes.shape[1])
+    size = cache_gpu.scratch_size(kind, heads, kv_heads, splits)
+    scratch = queries.new_empty(size, dtype=torch.float32), queries.new_zeros(kv_heads, dtype=torch.int32)
+    asked, made = queries.contiguous(), torch.empty_like(queries)
+    cache_gpu.attend(
+        asked, Rows(*held[:2]), Rows(*held[2:]), length, offset, kind, scale, made, scratch, splits
+    )  # fmt: skip
+    return made
+
+
 def _define() -> None:
     torch.library.define(
         "lbi::cache_put",
@@ -169,7 +213,7 @@ def _define() -> None:
     torch.library.impl("lbi::cache_put", "CPU", _put_on_cpu)
     torch.library.impl("lbi::cache_put", "CUDA", put_in_torch)
     torch.library.impl("lbi::cache_attend", "CPU", _attend_on_cpu)
-    torch.library.impl("lbi::cache_attend", "CUDA", attend_in_torch)
+    torch.library.impl("lbi::cache_attend", "CUDA", _attend_on_gpu)
     torch.library.register_fake("lbi::cache_put", lambda *args: None)
     torch.library.register_fake("lbi::cache_attend", lambda queries, *args: torch.empty_like(queries))
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lbi.kernels import cache_gpu
+from lbi.kernels.cache_formats import CacheFormat, Rows
 from lbi.kernels.decode_torch import Shape
 from lbi.kernels.device import decode as device
 from lbi.kernels.formats import Packed
@@ -33,8 +35,10 @@ class Stream:
 class TritonSteps:
     """The operations of a step. All work on `stream` and on buffers made once; nothing waits for the host."""
 
-    def __init__(self, shape: Shape, device_: torch.device, dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
+    def __init__(
+        self, shape: Shape, device_: torch.device, dtype: torch.dtype, cache: CacheFormat | None = None
+    ) -> None:
+        self.shape, self.dtype, self.cache = shape, dtype, cache
         self._make = {"device": device_}
         self.stream = Stream(
             torch.zeros(shape.hidden, **self._make, dtype=torch.float32),
@@ -45,7 +49,7 @@ class TritonSteps:
         self.position = torch.zeros(1, **self._make, dtype=torch.int32)
         self._scratch: dict[str, torch.Tensor] = {}
         self._pdl = device_.type == "cuda" and torch.cuda.get_device_capability(device_) >= (9, 0)
-        self._splits = self._count_splits(device_)
+        self._splits = cache_gpu.splits_for(device_, shape.kv_heads, shape.slots)
 
     def embed(self, table: torch.Tensor, row_scales: torch.Tensor | None, gain: torch.Tensor) -> None:
         """The stream is the embedding of the token at the position; `gain` is the first norm's."""
@@ -79,9 +83,14 @@ class TritonSteps:
         stream.parts = programs
 
     def attention(
-        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: Any, values: Any
     ) -> torch.Tensor:
-        """(heads * width,): attention of the token over the cache and itself, which is put into the cache."""
+        """(heads * width,): attention of the token over the cache and itself, which is put into the cache.
+
+        `keys` and `values` are (kv heads, slots, width), or the rows of a low-bit cache.
+        """
+        if self.cache is not None:
+            return self._low_bit_attention(qkv, (cos, sin), keys, values, self.cache)
         shape, kv = self.shape, self.shape.kv_heads
         block = _power(shape.width)
         group = max(16, _power(shape.heads // kv))
@@ -91,6 +100,23 @@ class TritonSteps:
             qkv, cos, sin, keys, values, self.position, out, partial, self._buffer("arrived", kv, torch.int32),
             shape.slots, shape.width**-0.5, HEADS=shape.heads, KV=kv, D=shape.width, BD=block,
             BH=max(16, _power(shape.width // 2)), BG=group, BT=32, SPLITS=self._splits, **self._launch(4),
+        )  # fmt: skip
+        return out
+
+    def _low_bit_attention(
+        self, qkv: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], keys: Rows, values: Rows, kind: CacheFormat
+    ) -> torch.Tensor:
+        """See `attention`: in two kernels, since a row is whole only when its scales are known."""
+        shape, kv, splits = self.shape, self.shape.kv_heads, self._splits
+        sizes = [shape.heads * shape.width, kv * shape.width, kv * shape.width]
+        q, k, v = qkv.split(sizes)
+        out = self._buffer("mixed", sizes[0], self.dtype)
+        size = cache_gpu.scratch_size(kind, shape.heads, kv, splits)
+        scratch = self._buffer("partial", size, torch.float32), self._buffer("arrived", kv, torch.int32)
+        cache_gpu.put((k, keys), (v, values), self.position, kind, self.dtype, angles=angles, launch=self._launch(1))
+        cache_gpu.attend(
+            q, keys, values, self.position, 1, kind, shape.width**-0.5, out, scratch, splits,
+            angles=angles, launch=self._launch(4),
         )  # fmt: skip
         return out
 
@@ -132,13 +158,6 @@ class TritonSteps:
         if name not in self._scratch:
             self._scratch[name] = torch.zeros(size, **self._make, dtype=dtype)
         return self._scratch[name]
-
-    def _count_splits(self, device_: torch.device) -> int:
-        """Programs a key-value head: as many as fill the GPU once, none of which would have less than 32 tokens."""
-        if device_.type != "cuda":
-            return 3
-        multiprocessors = int(torch.cuda.get_device_properties(device_).multi_processor_count)
-        return max(1, min(multiprocessors // self.shape.kv_heads, -(-self.shape.slots // 32)))
 
 
 def _tiling(matrix: Packed) -> tuple[dict[str, Any], int, int]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from lbi.kernels import cache_ops
+from lbi.kernels.cache_formats import CacheFormat
 from lbi.kernels.formats import Packed
 
 
@@ -26,8 +29,10 @@ class Shape:
 class TorchSteps:
     """The operations of a step, in the order in which a model calls them."""
 
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
+    def __init__(
+        self, shape: Shape, device: torch.device, dtype: torch.dtype, cache: CacheFormat | None = None
+    ) -> None:
+        self.shape, self.dtype, self.cache = shape, dtype, cache
         self.tokens = torch.zeros(shape.slots + 1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int32, device=device)
         self.values = torch.zeros(shape.hidden, device=device)
@@ -55,13 +60,18 @@ class TorchSteps:
         self._flow(self.values + times(matrix, x).float(), gain)
 
     def attention(
-        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: Any, values: Any
     ) -> torch.Tensor:
         """See `TritonSteps.attention`."""
         shape, now = self.shape, int(self.position)
         heads, kv, width = shape.heads, shape.kv_heads, shape.width
         q, k, v = qkv.split([heads * width, kv * width, kv * width])
-        q, k = (rotate(part.view(-1, width), cos[now], sin[now]).to(keys.dtype) for part in (q, k))
+        q, k = (rotate(part.view(-1, width), cos[now], sin[now]).to(self.dtype) for part in (q, k))
+        if self.cache is not None:
+            cache_ops.put(keys, k[:, None], self.position, self.cache)
+            cache_ops.put(values, v.view(kv, 1, width).to(self.dtype), self.position, self.cache)
+            scale = width**-0.5
+            return cache_ops.attend(q[:, None], keys, values, self.position, self.cache, scale, offset=1).reshape(-1)
         keys[:, now], values[:, now] = k, v.view(kv, width).to(values.dtype)
         mixed = F.scaled_dot_product_attention(
             q[None, :, None], keys[None, :, : now + 1], values[None, :, : now + 1], enable_gqa=heads != kv

@@ -1,0 +1,90 @@
+"""Launches of device/cache.py: a low-bit cache on a GPU, for one token.
+
+cache_ops.py has the same in torch, for a CPU and as what these are tested against.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lbi.kernels.cache_formats import FORMATS, CacheFormat, Rows
+from lbi.kernels.device import cache as device
+
+BT = 32
+"""Slots that a program attends to at once."""
+
+KINDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def put(
+    keys: tuple[torch.Tensor, Rows],
+    values: tuple[torch.Tensor, Rows],
+    position: torch.Tensor,
+    kind: CacheFormat,
+    dtype: torch.dtype,
+    *,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    launch: dict[str, Any] | None = None,
+) -> None:
+    """Store a token's keys and values, each (heads, width) and where it goes, in the slot `position`.
+
+    They are rounded to `dtype` first; keys are turned by `angles`, cosines and sines (positions, width / 2).
+    """
+    size = kind.width // 2 if kind.group == kind.width else kind.group
+    heads, slots, _ = keys[1].codes.shape
+    cos, sin = angles or (None, None)
+    device.put[(heads, 2, kind.width // 2 // size)](
+        keys[0], values[0], cos, sin, *keys[1].tensors, *values[1].tensors, position, slots,
+        D=kind.width, G=kind.group, FMT=FORMATS.index(kind.name), KIND=KINDS[dtype], ROTATE=angles is not None,
+        BLOCK=triton.next_power_of_2(size), **(launch or {"num_warps": 1, "PDL": False}),
+    )  # fmt: skip
+
+
+def attend(
+    queries: torch.Tensor,
+    keys: Rows,
+    values: Rows,
+    position: torch.Tensor,
+    offset: int,
+    kind: CacheFormat,
+    scale: float,
+    out: torch.Tensor,
+    scratch: tuple[torch.Tensor, torch.Tensor],
+    splits: int,
+    *,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    launch: dict[str, Any] | None = None,
+) -> None:
+    """Attention of one token, `queries` and `out` (heads, width), over all `position + offset` slots."""
+    heads, (kv_heads, slots, _) = queries.numel() // kind.width, keys.codes.shape
+    cos, sin = angles or (None, None)
+    block, group = tile(kind, heads // kv_heads)
+    device.attention[(kv_heads, splits)](
+        queries, cos, sin, *keys.tensors, *values.tensors, position, out, *scratch, slots, scale, offset,
+        HEADS=heads, KV=kv_heads, D=kind.width, BH=block, BG=group, BT=BT, G=kind.group,
+        FMT=FORMATS.index(kind.name), ROTATE=angles is not None, SPLITS=splits,
+        **(launch or {"num_warps": 4, "PDL": False}),
+    )  # fmt: skip
+
+
+def tile(kind: CacheFormat, share: int) -> tuple[int, int]:
+    """Values of a half, and query heads of a key-value head, as blocks that tensor cores take."""
+    return max(16, triton.next_power_of_2(kind.width // 2)), max(16, triton.next_power_of_2(share))
+
+
+def scratch_size(kind: CacheFormat, heads: int, kv_heads: int, splits: int) -> int:
+    """float32 values that the splits leave for one another."""
+    block, group = tile(kind, heads // kv_heads)
+    return kv_heads * splits * group * (2 * block + 2)
+
+
+def splits_for(where: torch.device, kv_heads: int, slots: int) -> int:
+    """Programs a key-value head: as many as fill the GPU once, none of which would have less than a block."""
+    if where.type != "cuda":
+        return 3
+    multiprocessors = int(torch.cuda.get_device_properties(where).multi_processor_count)
+    return max(1, min(multiprocessors // kv_heads, -(-slots // BT)))

@@ -1,0 +1,247 @@
+"""A low-bit cache on a GPU: a token's keys and values put into it, and one token's attention over it.
+
+The layout is that of lbi/kernels/cache_formats.py. Everything is done on two halves of a head, the first
+and the last D / 2 values: rope turns one into the other, and a byte of 4-bit codes has a value of each.
+Attention has the structure of device/decode.py: the splits of a key-value head share the live length, and
+the last to arrive adds up. FMT is 0 for int8, 1 for fp8 (e4m3), 2 for int4.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _nearest(x):
+    """To the nearest whole number, ties to even, below 2^22: what does not fit beside 1.5 * 2^23 is rounded off."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _to_fp8(x):
+    """Codes (int32) of values within 448, rounded to the nearest, ties to even."""
+    word = x.to(tl.int32, bitcast=True)
+    size = word & 0x7FFFFFFF
+    turned = size + 0x7FFFF + ((size >> 20) & 1)
+    normal = (turned >> 20) - 960
+    small = _nearest(tl.abs(x) * 512.0).to(tl.int32)
+    return tl.where(tl.abs(x) < 0.015625, small, normal) | ((word >> 24) & 0x80)
+
+
+@triton.jit
+def _widened(codes, FMT: tl.constexpr):
+    """float32 of codes (int32), without scales."""
+    if FMT == 0:
+        made = ((codes << 24) >> 24).to(tl.float32)
+    elif FMT == 1:
+        word = ((codes & 0x80) << 24) | ((codes & 0x7F) << 20)
+        # Twice 2^60 mends the exponent's bias, of subnormals too.
+        made = word.to(tl.float32, bitcast=True) * 1.152921504606847e18 * 1.152921504606847e18
+    else:
+        made = codes.to(tl.float32)
+    return made
+
+
+@triton.jit
+def _narrowed(x):
+    """float32 of what bfloat16 has, to the nearest, ties to even: Triton's interpreter cuts off instead."""
+    word = x.to(tl.int32, bitcast=True)
+    return ((word + 0x7FFF + ((word >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale_of(size, FMT: tl.constexpr):
+    """bfloat16 scale of a group, as float32: `size` is its largest value, for int4 its range."""
+    most: tl.constexpr = 127.0 if FMT == 0 else (448.0 if FMT == 1 else 15.0)
+    return _narrowed(size / most)
+
+
+@triton.jit
+def _codes_of(x, scale, low, FMT: tl.constexpr):
+    scaled = tl.where(scale == 0.0, 0.0, (x - low) / tl.where(scale == 0.0, 1.0, scale))
+    if FMT == 0:
+        made = _nearest(tl.minimum(tl.maximum(scaled, -127.0), 127.0)).to(tl.int32)
+    elif FMT == 1:
+        made = _to_fp8(tl.minimum(tl.maximum(scaled, -448.0), 448.0))
+    else:
+        made = tl.minimum(tl.maximum(_nearest(scaled), 0.0), 15.0).to(tl.int32)
+    return made
+
+
+@triton.jit
+def put(
+    new_keys, new_values, cos_table, sin_table, key_codes, key_numbers, value_codes, value_numbers, position, slots,
+    D: tl.constexpr, G: tl.constexpr, FMT: tl.constexpr, KIND: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One token into its slot. Programs: (heads, keys and values, pairs of groups, one of each half).
+
+    Groups of a whole head are one pair that shares a scale. `KIND` is the type that values are rounded to first.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    head, which, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    HALF: tl.constexpr = D // 2
+    WHOLE: tl.constexpr = G == D
+    SIZE: tl.constexpr = HALF if WHOLE else G
+    GROUPS: tl.constexpr = D // G
+    now = tl.load(position)
+    i = tl.arange(0, BLOCK)
+    inside = i < SIZE
+    h = pair * SIZE + i
+    source = new_keys if which == 0 else new_values
+    codes = key_codes if which == 0 else value_codes
+    numbers = key_numbers if which == 0 else value_numbers
+    one = tl.load(source + head * D + h, mask=inside, other=0.0).to(tl.float32)
+    two = tl.load(source + head * D + HALF + h, mask=inside, other=0.0).to(tl.float32)
+    if ROTATE:  # noqa: SIM102 (without angles the inner part must not be compiled)
+        if which == 0:
+            cos = tl.load(cos_table + now * HALF + h, mask=inside, other=0.0)
+            sin = tl.load(sin_table + now * HALF + h, mask=inside, other=0.0)
+            one, two = one * cos - two * sin, two * cos + one * sin
+    one, two = one.to(KIND).to(tl.float32), two.to(KIND).to(tl.float32)
+    row = head.to(tl.int64) * slots + now
+    if FMT == 2:
+        low1 = tl.min(tl.where(inside, one, float("inf")), axis=0)
+        low2 = tl.min(tl.where(inside, two, float("inf")), axis=0)
+        high1 = tl.max(tl.where(inside, one, float("-inf")), axis=0)
+        high2 = tl.max(tl.where(inside, two, float("-inf")), axis=0)
+        if WHOLE:
+            low1, high1 = tl.minimum(low1, low2), tl.maximum(high1, high2)
+            low2, high2 = low1, high1
+        low1, low2 = _narrowed(low1), _narrowed(low2)
+        size1, size2 = tl.maximum(high1 - low1, 0.0), tl.maximum(high2 - low2, 0.0)
+    else:
+        low1, low2 = 0.0, 0.0
+        size1 = tl.max(tl.where(inside, tl.abs(one), 0.0), axis=0)
+        size2 = tl.max(tl.where(inside, tl.abs(two), 0.0), axis=0)
+        if WHOLE:
+            size1 = tl.maximum(size1, size2)
+            size2 = size1
+    scale1, scale2 = _scale_of(size1, FMT), _scale_of(size2, FMT)
+    code1, code2 = _codes_of(one, scale1, low1, FMT), _codes_of(two, scale2, low2, FMT)
+    NUMBERS: tl.constexpr = GROUPS * 2 if FMT == 2 else GROUPS
+    first = numbers + row * NUMBERS + pair
+    second = first if WHOLE else first + GROUPS // 2
+    tl.store(first, scale1.to(tl.bfloat16))
+    tl.store(second, scale2.to(tl.bfloat16))
+    if FMT == 2:
+        tl.store(first + GROUPS, low1.to(tl.bfloat16))
+        tl.store(second + GROUPS, low2.to(tl.bfloat16))
+        tl.store(codes + row * HALF + h, (code1 | (code2 << 4)).to(tl.uint8), mask=inside)
+    else:
+        tl.store(codes + row * D + h, (code1 & 255).to(tl.uint8), mask=inside)
+        tl.store(codes + row * D + HALF + h, (code2 & 255).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _halves(
+    codes, numbers, row, t, end, h, D: tl.constexpr, G: tl.constexpr, FMT: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    """Both halves of the rows `row + t` (BT,), each (BT, BH) of `KIND`; zeros beyond `end` and beyond the half."""
+    HALF: tl.constexpr = D // 2
+    GROUPS: tl.constexpr = D // G
+    NUMBERS: tl.constexpr = GROUPS * 2 if FMT == 2 else GROUPS
+    inside = (t[:, None] < end) & (h[None, :] < HALF)
+    at = row + t[:, None]
+    if FMT == 2:
+        both = tl.load(codes + at * HALF + h[None, :], mask=inside, other=0).to(tl.int32)
+        one, two = both & 15, both >> 4
+    else:
+        one = tl.load(codes + at * D + h[None, :], mask=inside, other=0).to(tl.int32)
+        two = tl.load(codes + at * D + HALF + h[None, :], mask=inside, other=0).to(tl.int32)
+    first = numbers + at * NUMBERS + (h // G)[None, :]
+    second = numbers + at * NUMBERS + ((h + HALF) // G)[None, :]
+    one = _widened(one, FMT) * tl.load(first, mask=inside, other=0.0).to(tl.float32)
+    two = _widened(two, FMT) * tl.load(second, mask=inside, other=0.0).to(tl.float32)
+    if FMT == 2:
+        one += tl.load(first + GROUPS, mask=inside, other=0.0).to(tl.float32)
+        two += tl.load(second + GROUPS, mask=inside, other=0.0).to(tl.float32)
+    return one.to(KIND), two.to(KIND)
+
+
+@triton.jit
+def attention(
+    queries, cos_table, sin_table, key_codes, key_numbers, value_codes, value_numbers, position, out, partial, arrived,
+    slots, scale, offset,
+    HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr,
+    G: tl.constexpr, FMT: tl.constexpr, ROTATE: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Attention of one token over the `position + offset` that the cache holds, the token itself among them.
+
+    Programs: (key-value heads, SPLITS). `queries` is (HEADS, D); with ROTATE they are turned by the angles of
+    `position`. `partial` is (KV, SPLITS, BG, 2 BH + 2) float32; `arrived` (KV,) int32 of zeros.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    kv, split = tl.program_id(0), tl.program_id(1)
+    SHARE: tl.constexpr = HEADS // KV
+    HALF: tl.constexpr = D // 2
+    kind = out.dtype.element_ty
+    g, h = tl.arange(0, BG), tl.arange(0, BH)
+    now = tl.load(position)
+    asked = (g[:, None] < SHARE) & (h[None, :] < HALF)
+    where = queries + (kv * SHARE + g[:, None]) * D + h[None, :]
+    q1 = tl.load(where, mask=asked, other=0.0).to(tl.float32)
+    q2 = tl.load(where + HALF, mask=asked, other=0.0).to(tl.float32)
+    if ROTATE:
+        cos = tl.load(cos_table + now * HALF + h, mask=h < HALF, other=0.0)[None, :]
+        sin = tl.load(sin_table + now * HALF + h, mask=h < HALF, other=0.0)[None, :]
+        q1, q2 = q1 * cos - q2 * sin, q2 * cos + q1 * sin
+    q1, q2 = (q1 * scale).to(kind), (q2 * scale).to(kind)
+
+    live = (now + offset).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(live, SPLITS), BT) * BT
+    first = split * share
+    end = tl.minimum(first + share, live)
+    most = tl.full((BG,), float("-inf"), tl.float32)
+    total = tl.zeros((BG,), tl.float32)
+    acc1 = tl.zeros((BG, BH), tl.float32)
+    acc2 = tl.zeros((BG, BH), tl.float32)
+    row = kv.to(tl.int64) * slots
+    for start in range(first, end, BT):
+        t = start + tl.arange(0, BT)
+        k1, k2 = _halves(key_codes, key_numbers, row, t, end, h, D, G, FMT, kind)
+        score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
+        score = tl.where(t[None, :] < end, score, float("-inf"))
+        higher = tl.maximum(most, tl.max(score, axis=1))
+        weight = tl.exp(score - higher[:, None])
+        shrink = tl.exp(most - higher)
+        total = total * shrink + tl.sum(weight, axis=1)
+        v1, v2 = _halves(value_codes, value_numbers, row, t, end, h, D, G, FMT, kind)
+        acc1 = tl.dot(weight.to(kind), v1, acc1 * shrink[:, None], input_precision="ieee")
+        acc2 = tl.dot(weight.to(kind), v2, acc2 * shrink[:, None], input_precision="ieee")
+        most = higher
+
+    WIDTH: tl.constexpr = 2 * BH + 2
+    mine = partial + ((kv * SPLITS + split) * BG + g) * WIDTH
+    tl.store(mine[:, None] + h[None, :], acc1)
+    tl.store(mine[:, None] + BH + h[None, :], acc2)
+    tl.store(mine + 2 * BH, most)
+    tl.store(mine + 2 * BH + 1, total)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + kv, 1, sem="acq_rel") == SPLITS - 1:
+        tl.store(arrived + kv, 0)
+        most = tl.full((BG,), float("-inf"), tl.float32)
+        total = tl.zeros((BG,), tl.float32)
+        acc1 = tl.zeros((BG, BH), tl.float32)
+        acc2 = tl.zeros((BG, BH), tl.float32)
+        for part in range(SPLITS):
+            its = partial + ((kv * SPLITS + part) * BG + g) * WIDTH
+            its_most = tl.load(its + 2 * BH, cache_modifier=".cg")
+            its_total = tl.load(its + 2 * BH + 1, cache_modifier=".cg")
+            higher = tl.maximum(most, its_most)
+            # A split without tokens has -inf, and so may all before it: exp(-inf - -inf) is no number.
+            shrink = tl.where(most == float("-inf"), 0.0, tl.exp(most - higher))
+            weight = tl.where(its_most == float("-inf"), 0.0, tl.exp(its_most - higher))
+            total = total * shrink + its_total * weight
+            theirs1 = tl.load(its[:, None] + h[None, :], cache_modifier=".cg")
+            theirs2 = tl.load(its[:, None] + BH + h[None, :], cache_modifier=".cg")
+            acc1 = acc1 * shrink[:, None] + theirs1 * weight[:, None]
+            acc2 = acc2 * shrink[:, None] + theirs2 * weight[:, None]
+            most = higher
+        to = out + (kv * SHARE + g[:, None]) * D + h[None, :]
+        tl.store(to, (acc1 / total[:, None]).to(kind), mask=asked)
+        tl.store(to + HALF, (acc2 / total[:, None]).to(kind), mask=asked)
