@@ -39,12 +39,13 @@ class GrammarDrafter:
         self._lookup: Lookup | None = None
         self._drafted: list[int] = []
         self._forced_now = 0
+        self._ahead = 0
 
     def prepare(self, counts: Sequence[int]) -> None:
         """See `Drafter.prepare`."""
         self.matcher.reset()
         self.finished, self.surplus, self.forced, self.mask_s = False, 0, 0, 0.0
-        self._drafted, self._forced_now = [], 0
+        self._drafted, self._forced_now, self._ahead = [], 0, 0
         self._lookup = Lookup(self.decoding.ngram or 1) if self.decoding.speculative == "lookup" else None
 
     def begin(self, prompt: list[int]) -> None:
@@ -55,7 +56,10 @@ class GrammarDrafter:
     def extend(self, tokens: list[int]) -> None:
         """See `Drafter.extend`. The text is finished with EOS, or where the grammar allows nothing more."""
         start = now()
-        self.matcher.consume_tokens(tokens[:-1])
+        # All but the last are drafts that stood, and `fill` has gone through all drafts.
+        if self._ahead > len(tokens) - 1:
+            self.matcher.rollback(self._ahead - len(tokens) + 1)
+        self._ahead = 0
         # Behind a draft that completes the grammar there is nothing but EOS, which no model chose.
         self.surplus = int(self.matcher.is_stopped() and tokens[-1] == self.eos)
         if not self.surplus:
@@ -98,7 +102,7 @@ class GrammarDrafter:
                 self.matcher.unsafe_compute_mask_ptr(start_of + row * row_bytes, row_bytes)
             if row < count:
                 self.matcher.consume_token(self._drafted[row])
-        self.matcher.rollback(count)
+        self._ahead = count
         self._check()
         if self.masks is not self._bits:
             self.masks[: count + 1].copy_(self._bits[: count + 1], non_blocking=True)
