@@ -62,12 +62,15 @@ def why_not(decoding: DecodingConfig) -> str | None:
 
 def matcher(decoding: DecodingConfig, tokenizer: Any, vocabulary: int) -> Any:
     """An llguidance matcher for the grammar. Raises `Unsupported` where tokenizer or grammar cannot be had."""
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLTokenizer
     from llguidance.hf import from_tokenizer
 
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
         raise Unsupported(f"{decoding.name} needs a model with a fast tokenizer of Hugging Face")
-    made = LLMatcher(from_tokenizer(tokenizer, n_vocab=vocabulary), compiled(decoding), log_level=0)
+    # Groups of tokens whose masks are made ahead: for JSON those that stand in strings.
+    slices = LLTokenizer.json_slices() if decoding.grammar_kind == "json_schema" else None
+    words = from_tokenizer(tokenizer, n_vocab=vocabulary, slices=slices)
+    made = LLMatcher(words, compiled(decoding), log_level=0)
     if made.is_error():
         raise Unsupported(f"decoding.grammar: {made.get_error()}")
     return made

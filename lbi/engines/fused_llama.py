@@ -99,7 +99,7 @@ class Llama:
     def prefill(self, tokens: torch.Tensor, *, keep: bool = True) -> torch.Tensor:
         """The stream behind the last block for (T,) tokens, (T, hidden) float32. `keep`: fill the cache from slot 0."""
         stream = self.table(tokens).float()
-        shape, count = self.shape, tokens.shape[0]
+        count = tokens.shape[0]
         cos, sin = self._angles(count)
         for layer in self.layers:
             q, k, v = self._heads(product(self._normed(stream, layer.attention_gain), layer.qkv), cos, sin)
