@@ -54,6 +54,14 @@ SHORT, LONG = (f"[{','.join([factor] * 16)}]" for factor in ("1.0", "8.0"))
 EXAMPLES: dict[str, Example] = {
     "unused_quantizer_knob": Example(("quantizer=int8_wo", "++quantizer.group_size=32"), MEANING),
     "unused_knob": Example(("cache=static", "++cache.group_size=32"), MEANING),
+    "speculation_is_complete": Example(
+        ("engine=loop", "cache=static", "decoding=speculative_lookup", "decoding.ngram=null"), MEANING
+    ),
+    "speculation_needs_own_loop": Example(("engine=loop", "cache=sliding", "decoding=speculative_lookup"), TRIED),
+    "grammar_can_be_followed": Example(
+        ("engine=loop", "cache=static", "decoding=structured", "decoding.grammar_kind=regex", "decoding.grammar='[a-'"),
+        TRIED,
+    ),
     "sampling_is_complete": Example(("decoding=sampling", "decoding.seed=null"), MEANING),
     "hardware_fits": Example(("quantizer=gemlite_a16w4",), TRIED),
     "package_is_installed": Example(("quantizer=gemlite_a16w4",), GPU, device="cuda", capability=9.0),

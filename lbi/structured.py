@@ -57,7 +57,8 @@ def why_not(decoding: DecodingConfig) -> str | None:
         problem = str(error)
     if not problem or problem.startswith("WARNING"):
         return None
-    return f"decoding.grammar is no {decoding.grammar_kind} that can be followed: {problem.strip().splitlines()[0]}"
+    first = problem.strip().splitlines()[0].rstrip(": ")
+    return f"decoding.grammar is no {decoding.grammar_kind} that can be followed: {first}"
 
 
 def matcher(decoding: DecodingConfig, tokenizer: Any, vocabulary: int) -> Any:
