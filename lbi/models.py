@@ -160,9 +160,9 @@ def read_text(name: str) -> str:
     if name.startswith("rounds:"):
         return rounds(read_text("text:" + name.removeprefix("rounds:")))
     if not name.startswith("text:"):
-        file = Path(name).expanduser()
-        is_file = len(name) < 1000 and "\n" not in name and file.is_file()
-        return file.read_text() if is_file else name
+        # A prompt may be longer than any file's name, which pathlib raises for.
+        path = os.path.expanduser(name)
+        return Path(path).read_text() if os.path.isfile(path) else name
     file = Path(__file__).parent / "texts" / f"{name.removeprefix('text:')}.txt"
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in file.parent.glob("*.txt")))

@@ -78,3 +78,8 @@ def test_a_prompt_of_its_own_length_is_counted_at_the_run(plan: MakePlan) -> Non
     with pytest.raises(Unsupported, match=r"385 \+ 128 tokens do not fit the model's context of 512"):
         steps.check_context(cell, model, 385)
     steps.check_context(forced, model, 385)
+
+
+@pytest.mark.parametrize("length", [10, 255, 300, 5000])
+def test_a_prompt_may_be_longer_than_a_files_name(length: int) -> None:
+    assert read_text("a" * length) == "a" * length
