@@ -111,7 +111,7 @@ EXAMPLES: dict[str, Example] = {
 
 HEAD = """# What cannot be combined
 
-Made by `python -m lbi.constraints > docs/constraints.md` from lbi/rules.py and lbi/constraints.py; a test compares.
+Made by `python -m lbi.constraints > docs/constraints.md` from lbi/*_rules.py and lbi/constraints.py; a test compares.
 A plan refuses these cells with the rule's name and the reason; `sweep.prune=false` runs them all the same.
 
 Proof: **tried**: tests/test_constraints.py runs the example on a CPU without the rule, and it must fail, or give other

@@ -30,7 +30,7 @@ from typing import Any
 
 from lbi.process import die_with_parent
 
-MODULES = ("lbi.steps", "lbi.models", "lbi.reference", "transformers.models.llama.modeling_llama")
+MODULES = ("lbi.steps", "lbi.measuring", "lbi.models", "lbi.reference", "transformers.models.llama.modeling_llama")
 OPTIONAL = ("torchao.quantization", "hqq.core.quantize")
 """Imported too where they are installed."""
 

@@ -61,7 +61,7 @@ def _classify(error: Exception) -> tuple[str, str]:
 
 
 def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Phases) -> None:
-    from lbi import steps
+    from lbi import measuring, steps
     from lbi.draft_models import load_draft
     from lbi.engines import make
     from lbi.look_inside import look_inside
@@ -92,7 +92,7 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     layers = steps.read_again(config, loaded.model, layers)
     steps.warm_up(config, engine, prompt, record, phases)
     steps.keep_tuning(layers, tuning)
-    tokens = steps.measure(config, engine, prompt, record, phases)
+    tokens = measuring.measure(config, engine, prompt, record, phases)
     if check is not None:
         record.effective["lossless"] = check(tokens)
     record.text = {"prompt_tokens": len(prompt), "tokens": tokens, "text": loaded.decode(tokens)}

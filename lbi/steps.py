@@ -1,7 +1,7 @@
 """The steps of a run, each of which reads the config and adds to the record.
 
-In order: quantize and audit, the plain path for comparison, warm up, measure, place on
-the roofline, score, trace. Only `measure` holds a timed region.
+In order: quantize and audit, the plain path for comparison, warm up, measure (measuring.py, the
+only timed region), place on the roofline, score, trace.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -22,22 +21,15 @@ from lbi import environment, identity, lossless, quality, roofline, rules
 from lbi.compilers import CompilerState, counters
 from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig
 from lbi.draft_models import Draft
-from lbi.energy import EnergyMeter
-from lbi.engines import Engine, Generation, make, plain_engine, steps_to_look_at
-from lbi.errors import BadNumerics, Disturbed, NotApplied, RunFailure, Unsupported
+from lbi.engines import Engine, make, plain_engine, steps_to_look_at
+from lbi.errors import BadNumerics, NotApplied, Unsupported
 from lbi.files import BadFile, read_json, write_json
-from lbi.gpu_processes import ForeignWatch, named
 from lbi.metrics import (
-    Speculation,
-    Timing,
     model_bandwidth_utilization,
     prefill_flop,
-    summarize,
-    summarize_speculation,
-    summarize_structure,
 )
 from lbi.models import known_facts
-from lbi.process import CpuWatch, PeakMemory, Phases
+from lbi.process import Phases
 from lbi.quantizers import assign, audit, autoquant, custom, gemlite, one_row
 from lbi.quantizers.int8_layers import quantize_embeddings
 from lbi.quantizers.options import PLAIN, option, part_names, parts
@@ -47,9 +39,6 @@ from lbi.store import SCHEMA
 PLAIN_COMPILER = CompilerConfig(name="eager", backend="eager")
 PLAIN_DECODING = DecodingConfig(name="greedy", kind="greedy")
 PLAIN_CACHE = CacheConfig(name="dynamic", kind="dynamic")
-
-RECOMPILED = "recompiled"
-"""Why a sample is void that compiled something."""
 
 
 def check_request(config: LbiConfig, request: dict[str, Any]) -> None:
@@ -259,100 +248,6 @@ def _check_cache(config: LbiConfig, cache: dict[str, Any]) -> None:
     wanted = f"{asked.backend}{asked.bits or ''}" if asked.kind == "hf_quantized" else asked.format
     if wanted not in (None, cache["dtype"]):
         raise NotApplied(f"cache={asked.name} was asked for and its values are stored as {cache['dtype']}")
-
-
-def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> list[int]:
-    """Take the samples; the tokens of the first valid one.
-
-    Raises `NotApplied` or `Disturbed` if too many are void.
-    """
-    wanted, valid, voids, joules = config.measure.repetitions, [], [], []
-    speculations: list[Speculation] = []
-    tokens: list[int] = []
-    others = ForeignWatch(config.engine.device)
-    with phases("measure"), PeakMemory(config.engine.device) as peak:
-        for number in range(wanted + config.measure.void_budget):
-            time.sleep(config.measure.cooldown_s)
-            before = counters()
-            with others, CpuWatch() as watch, EnergyMeter(config.engine.device) as meter:
-                generation = engine.generate(prompt, config.workload.new_tokens, seed=config.decoding.seed or 0)
-            void = RECOMPILED if counters()["graphs"] != before["graphs"] else ""
-            if others.during and config.resources.foreign != "ignore":
-                void = void or f"{named(others.during)} on the GPU"
-            record.samples += _sample_rows(number, generation.timing, void, watch)
-            _check_structure(config, generation)
-            if void:
-                voids.append(void)
-                continue
-            tokens = tokens or generation.tokens
-            valid.append(generation.timing)
-            joules.append(meter.joules)
-            speculations += [generation.speculation] if generation.speculation else []
-            if len(valid) == wanted:
-                break
-    if len(valid) < wanted:
-        raise _too_few(voids, len(valid), config.measure.void_budget)
-    record.metrics |= summarize(valid) | summarize_speculation(speculations)
-    if config.decoding.grammar is not None:
-        record.metrics |= summarize_structure(speculations)
-    record.metrics["void_samples"] = float(len(voids))
-    record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
-    record.effective |= others.report()
-    _note_compile(config, valid, record)
-    _note_surroundings(config, joules, len(tokens), record)
-    return tokens
-
-
-def _check_structure(config: LbiConfig, generation: Generation) -> None:
-    """Raises `NotApplied` for a text that stops in the middle of its grammar, `Unsupported` for one of a token."""
-    if config.decoding.grammar is None:
-        return
-    if not generation.finished:
-        raise NotApplied(
-            f"the grammar is not complete after {config.workload.new_tokens} tokens: raise workload.new_tokens"
-        )
-    if len(generation.tokens) < 2:
-        raise Unsupported("the grammar is complete after one token, and the time between tokens needs two")
-
-
-def _too_few(voids: list[str], valid: int, budget: int) -> RunFailure:
-    """What too many void samples mean: that of the setting itself if its own alone are too many."""
-    foreign = [void for void in voids if void != RECOMPILED]
-    kind, example = (Disturbed, foreign[0]) if len(voids) - len(foreign) <= budget else (NotApplied, RECOMPILED)
-    return kind(f"{len(voids)} of {len(voids) + valid} samples were void: {example} while timed")
-
-
-def _note_compile(config: LbiConfig, valid: list[Timing], record: Record) -> None:
-    if config.compiler.backend == "eager":
-        record.missing["compile_s"] = "nothing is compiled"
-        return
-    usual = median(timing.end - timing.start for timing in valid)
-    record.metrics["compile_s"] = max(0.0, record.first_call_s - usual)
-
-
-def _note_surroundings(config: LbiConfig, joules: list[float | None], new_tokens: int, record: Record) -> None:
-    """What others took of the CPU, and what the device took of energy."""
-    foreign = [row["foreign_cpu"] for row in record.samples if row["foreign_cpu"] is not None]
-    record.metrics["foreign_cpu"] = max(foreign, default=None)
-    idle = [row["idle_cpu"] for row in record.samples if row["idle_cpu"] is not None]
-    record.metrics["idle_cpu"] = min(idle, default=None)
-    known = [value for value in joules if value is not None]
-    if len(known) < len(joules):
-        record.missing["energy_j_per_token"] = EnergyMeter.why_not(config.engine.device)
-    else:
-        record.metrics["energy_j_per_token"] = sum(known) / len(known) / new_tokens
-
-
-def _sample_rows(number: int, timing: Timing, void: str, watch: CpuWatch) -> list[dict[str, Any]]:
-    """One row a token with its time since the call, and one (token -1) for the end of the call."""
-    common = {
-        "repetition": number,
-        "void": void,
-        "foreign_cpu": watch.foreign_share,
-        "idle_cpu": watch.idle_share,
-    }
-    rows = [{**common, "token": index, "seconds": at - timing.start} for index, at in enumerate(timing.tokens)]
-    return [*rows, {**common, "token": -1, "seconds": timing.end - timing.start}]
 
 
 def place_on_roofline(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lbi import identity, rules, steps
+from lbi import engine_rules, identity, rules, steps
 from lbi.compilers import counters
 from lbi.config import DecodingConfig, LbiConfig
 from lbi.cuda_graphs import require_device_counters
@@ -370,7 +370,7 @@ def test_a_rope_that_changes_with_the_length_is_left_to_generate(
     config: Callable[..., LbiConfig], rope: dict[str, Any], refused: bool
 ) -> None:
     facts = ModelFacts(None, {"rope_scaling": rope}, None)
-    reason = rules.loop_needs_fixed_rope(config(), facts, rules.Machine("cpu", {}, True))
+    reason = engine_rules.loop_needs_fixed_rope(config(), facts, rules.Machine("cpu", {}, True))
     assert (reason is not None) == refused
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lbi import environment, rules
+from lbi import environment, quantizer_rules, rules
 from lbi.errors import InputError
 from lbi.model_files import inspect
 from lbi.plan import Plan, make_plan
@@ -230,7 +230,7 @@ def test_a_gpu_too_old_is_told_what_would_be_needed(plan: MakePlan, option: str,
 
     def said(capability: float | None) -> str | None:
         machine = rules.Machine("cuda", {"torchao": "0", "gemlite": "0", "hqq": "0"}, True, capability)
-        return rules.hardware_fits(config, facts, machine)
+        return quantizer_rules.hardware_fits(config, facts, machine)
 
     assert said(least) is None
     # Unknown is not refused: the run itself looks again at the GPU that it finds.

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_loop_engine import SHAPES, Operators, shape
 
-from lbi import identity, rules, steps
+from lbi import identity, knob_rules, measuring, rules, steps
 from lbi.compilers import counters
 from lbi.config import DecodingConfig, LbiConfig
 from lbi.draft_models import Draft, load_draft, shared_copy
@@ -511,7 +511,7 @@ def test_what_cannot_forget_is_refused(config: MakeConfig) -> None:
     with pytest.raises(Unsupported, match="StaticSlidingWindowLayer has written over older tokens"):
         engine.generate([1, 2, 3], 20, seed=0)
     facts = ModelFacts(None, SHAPES["window"], None)
-    reason = rules.speculation_needs_own_loop(cell, facts, rules.Machine("cpu", {}, True))
+    reason = knob_rules.speculation_needs_own_loop(cell, facts, rules.Machine("cpu", {}, True))
     assert reason is not None
     assert "sliding window" in reason
     short = config(LOOKUP)
@@ -556,7 +556,7 @@ def test_drafts_that_change_greedy_tokens_would_be_found(config: MakeConfig, tmp
     found = make(cell, model, slots=60).generate([1, 2, 3], cell.workload.new_tokens, seed=0)
     assert check(found.tokens)["verdict"] == "equal"
     record = Record(tmp_path, Phases(tmp_path))
-    steps.measure(cell, make(cell, model, slots=60), [1, 2, 3], record, Phases(tmp_path))
+    measuring.measure(cell, make(cell, model, slots=60), [1, 2, 3], record, Phases(tmp_path))
     assert record.metrics["acceptance_length"] == pytest.approx(
         1 + found.speculation.accepted / found.speculation.verifications  # type: ignore[union-attr]
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lbi import gpu_processes, steps
+from lbi import gpu_processes, measuring
 from lbi.engines import Generation
 from lbi.errors import Disturbed, NotApplied
 from lbi.metrics import Timing
@@ -47,7 +47,7 @@ def measured(
     assert config is not None
     phases = Phases(folder)
     record = Record(folder, phases)
-    return record, steps.measure(config, FakeEngine(recompile_in), [1, 2], record, phases)
+    return record, measuring.measure(config, FakeEngine(recompile_in), [1, 2], record, phases)
 
 
 def test_a_sample_with_a_recompile_is_void_and_repeated(plan: Callable[..., Plan], tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def neighbours(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         answers = iter(looks)
         monkeypatch.setattr(gpu_processes, "current_gpu", lambda: "GPU-1")
         monkeypatch.setattr(gpu_processes, "listed", lambda uuid: {os.getpid(), *next(answers, set())})
-        monkeypatch.setattr(steps, "ForeignWatch", lambda device: gpu_processes.ForeignWatch("cuda"))
+        monkeypatch.setattr(measuring, "ForeignWatch", lambda device: gpu_processes.ForeignWatch("cuda"))
         return measured(plan, folder, set(recompile_in), f"resources.foreign={foreign}")[0]
 
     return measure

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_loop_engine import shape
 
-from lbi import identity, steps
+from lbi import identity, measuring, steps
 from lbi.config import DecodingConfig, LbiConfig
 from lbi.engines import Graphs, make
 from lbi.engines.grammar_drafter import allowed_only, byte_table
@@ -190,12 +190,12 @@ def test_a_text_that_is_cut_or_cannot_be_timed_is_no_result(config: MakeConfig, 
     model = load(cell.model, cell.engine).model
     engine = make(cell, model, 60, tokenizer=tokenizer)
     with pytest.raises(NotApplied, match="not complete after 10 tokens"):
-        steps.measure(cell, engine, [1, 2], Record(tmp_path, phases), phases)
+        measuring.measure(cell, engine, [1, 2], Record(tmp_path, phases), phases)
     with pytest.raises(Unsupported, match="fast tokenizer"):
         make(cell, model, 60, tokenizer=None)
     whole = replace(cell, workload=replace(cell.workload, new_tokens=120))
     record = Record(tmp_path, phases)
-    tokens = steps.measure(whole, make(whole, model, 160, tokenizer=tokenizer), [1, 2], record, phases)
+    tokens = measuring.measure(whole, make(whole, model, 160, tokenizer=tokenizer), [1, 2], record, phases)
     assert len(tokens) < 120
     assert 0 < record.metrics["mask_s"] < 1
     assert 0 < record.metrics["forced_share"] < 1

@@ -184,7 +184,7 @@ def test_the_block_size_is_that_of_least_work() -> None:
 
 
 def test_rsr_is_pruned_where_it_cannot_be_built(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lbi.rules.shutil.which", lambda name: None)
+    monkeypatch.setattr("lbi.rule_table.shutil.which", lambda name: None)
     made = plan("quantizer=bitnet,rsr")
     assert [cell.verdict for cell in made.cells] == [RUN, PRUNED]
     assert made.cells[1].rule == "rsr_can_be_built"

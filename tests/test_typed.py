@@ -9,7 +9,7 @@ from typing import Any, Literal, get_type_hints
 import pytest
 import yaml
 
-from lbi import rules
+from lbi import knob_rules
 from lbi.config import LbiConfig
 from lbi.errors import InputError
 from lbi.quantizers import FAMILIES, method
@@ -106,7 +106,8 @@ def test_every_option_lists_every_knob_that_it_reads(option: Path) -> None:
         knobs = set() if content["kind"] == "hf" else {"tokens_per_graph"}
         assert listed == {"name", "kind", "device", "threads", "attention"} | knobs
     elif group == "cache":
-        knobs = set(rules.CACHE_KNOBS[content["kind"]]) | rules.CACHE_BACKENDS.get(content.get("backend"), set())
+        of_backend = knob_rules.CACHE_BACKENDS.get(content.get("backend"), set())
+        knobs = set(knob_rules.CACHE_KNOBS[content["kind"]]) | of_backend
         if content["kind"] == "static":
             knobs = {"max_len"} | ({"format", "group_size"} if "format" in content else set())
         assert listed == {"name", "kind"} | knobs

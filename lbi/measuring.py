@@ -1,0 +1,114 @@
+"""The timed region of a run, the only one: samples, which of them are void, and what else happened meanwhile."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import Any
+
+from lbi.compilers import counters
+from lbi.config import LbiConfig
+from lbi.energy import EnergyMeter
+from lbi.engines import Engine, Generation
+from lbi.errors import Disturbed, NotApplied, RunFailure, Unsupported
+from lbi.gpu_processes import ForeignWatch, named
+from lbi.metrics import Speculation, Timing, summarize, summarize_speculation, summarize_structure
+from lbi.process import CpuWatch, PeakMemory, Phases
+from lbi.record import Record
+
+RECOMPILED = "recompiled"
+"""Why a sample is void that compiled something."""
+
+
+def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> list[int]:
+    """Take the samples; the tokens of the first valid one.
+
+    Raises `NotApplied` or `Disturbed` if too many are void.
+    """
+    wanted, valid, voids, joules = config.measure.repetitions, [], [], []
+    speculations: list[Speculation] = []
+    tokens: list[int] = []
+    others = ForeignWatch(config.engine.device)
+    with phases("measure"), PeakMemory(config.engine.device) as peak:
+        for number in range(wanted + config.measure.void_budget):
+            time.sleep(config.measure.cooldown_s)
+            before = counters()
+            with others, CpuWatch() as watch, EnergyMeter(config.engine.device) as meter:
+                generation = engine.generate(prompt, config.workload.new_tokens, seed=config.decoding.seed or 0)
+            void = RECOMPILED if counters()["graphs"] != before["graphs"] else ""
+            if others.during and config.resources.foreign != "ignore":
+                void = void or f"{named(others.during)} on the GPU"
+            record.samples += _sample_rows(number, generation.timing, void, watch)
+            _check_structure(config, generation)
+            if void:
+                voids.append(void)
+                continue
+            tokens = tokens or generation.tokens
+            valid.append(generation.timing)
+            joules.append(meter.joules)
+            speculations += [generation.speculation] if generation.speculation else []
+            if len(valid) == wanted:
+                break
+    if len(valid) < wanted:
+        raise _too_few(voids, len(valid), config.measure.void_budget)
+    record.metrics |= summarize(valid) | summarize_speculation(speculations)
+    if config.decoding.grammar is not None:
+        record.metrics |= summarize_structure(speculations)
+    record.metrics["void_samples"] = float(len(voids))
+    record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
+    record.effective |= others.report()
+    _note_compile(config, valid, record)
+    _note_surroundings(config, joules, len(tokens), record)
+    return tokens
+
+
+def _check_structure(config: LbiConfig, generation: Generation) -> None:
+    """Raises `NotApplied` for a text that stops in the middle of its grammar, `Unsupported` for one of a token."""
+    if config.decoding.grammar is None:
+        return
+    if not generation.finished:
+        raise NotApplied(
+            f"the grammar is not complete after {config.workload.new_tokens} tokens: raise workload.new_tokens"
+        )
+    if len(generation.tokens) < 2:
+        raise Unsupported("the grammar is complete after one token, and the time between tokens needs two")
+
+
+def _too_few(voids: list[str], valid: int, budget: int) -> RunFailure:
+    """What too many void samples mean: that of the setting itself if its own alone are too many."""
+    foreign = [void for void in voids if void != RECOMPILED]
+    kind, example = (Disturbed, foreign[0]) if len(voids) - len(foreign) <= budget else (NotApplied, RECOMPILED)
+    return kind(f"{len(voids)} of {len(voids) + valid} samples were void: {example} while timed")
+
+
+def _note_compile(config: LbiConfig, valid: list[Timing], record: Record) -> None:
+    if config.compiler.backend == "eager":
+        record.missing["compile_s"] = "nothing is compiled"
+        return
+    usual = median(timing.end - timing.start for timing in valid)
+    record.metrics["compile_s"] = max(0.0, record.first_call_s - usual)
+
+
+def _note_surroundings(config: LbiConfig, joules: list[float | None], new_tokens: int, record: Record) -> None:
+    """What others took of the CPU, and what the device took of energy."""
+    foreign = [row["foreign_cpu"] for row in record.samples if row["foreign_cpu"] is not None]
+    record.metrics["foreign_cpu"] = max(foreign, default=None)
+    idle = [row["idle_cpu"] for row in record.samples if row["idle_cpu"] is not None]
+    record.metrics["idle_cpu"] = min(idle, default=None)
+    known = [value for value in joules if value is not None]
+    if len(known) < len(joules):
+        record.missing["energy_j_per_token"] = EnergyMeter.why_not(config.engine.device)
+    else:
+        record.metrics["energy_j_per_token"] = sum(known) / len(known) / new_tokens
+
+
+def _sample_rows(number: int, timing: Timing, void: str, watch: CpuWatch) -> list[dict[str, Any]]:
+    """One row a token with its time since the call, and one (token -1) for the end of the call."""
+    common = {
+        "repetition": number,
+        "void": void,
+        "foreign_cpu": watch.foreign_share,
+        "idle_cpu": watch.idle_share,
+    }
+    rows = [{**common, "token": index, "seconds": at - timing.start} for index, at in enumerate(timing.tokens)]
+    return [*rows, {**common, "token": -1, "seconds": timing.end - timing.start}]
