@@ -67,9 +67,10 @@ def check_against_hydra(folder: Path, arguments: list[str], sample: int, name: s
     return composer
 
 
-def test_500_random_cells_of_the_projects_own_groups_equal_hydras() -> None:
+@pytest.mark.parametrize("sample", [150, pytest.param(500, marks=pytest.mark.slow)])
+def test_random_cells_of_the_projects_own_groups_equal_hydras(sample: int) -> None:
     arguments = ["hydra/sweeper=basic", "hydra/launcher=basic", *PROJECT_GRID]
-    composer = check_against_hydra(ROOT / "conf", arguments, sample=500)
+    composer = check_against_hydra(ROOT / "conf", arguments, sample=sample)
     assert composer.assembled
     # Nothing in these groups needs Hydra twice.
     assert composer.hydra.composed == 1
