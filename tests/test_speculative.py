@@ -149,6 +149,28 @@ def test_greedy_tokens_do_not_depend_on_what_was_drafted(config: MakeConfig, kin
                 assert tally.verifications == -(-(new - 1) // 5)
 
 
+@pytest.mark.parametrize("kind", ["loop", "fused"])
+@pytest.mark.parametrize("cache", ["static_int8", "static_fp8", "static_int4"])
+def test_drafts_over_a_low_bit_cache_leave_its_own_greedy_tokens(config: MakeConfig, kind: str, cache: str) -> None:
+    """What fell is stored too, and must be written over: codes of older drafts are as good as any."""
+    arch = SHAPES["gqa1-64-tied"]
+    greedy = config(f"engine={kind}", f"cache={cache}", arch=arch)
+    cell = config(f"engine={kind}", f"cache={cache}", LOOKUP, "decoding.draft_tokens=4", arch=arch)
+    model = load(greedy.model, greedy.engine).model
+    plain, prompt = make(greedy, model, slots=80), [(7 * index) % 300 for index in range(11)]
+    wanted = plain.generate(prompt, 30, seed=0, inspect=True)
+    unquantized = make(config(f"engine={kind}", arch=arch), load(greedy.model, greedy.engine).model, slots=80)
+    assert not torch.equal(unquantized.generate(prompt, 30, seed=0, inspect=True).logits, wanted.logits)
+    engine: Any = make(cell, model, slots=11 + 30 - 1 + 4)
+    for wrong in (1, 2, 1000):
+        engine._drafter = Oracle(engine, wanted.tokens, wrong)
+        found = engine.generate(prompt, 30, seed=0, inspect=True)
+        assert found.tokens == wanted.tokens
+        assert float((found.logits - wanted.logits).abs().max() / wanted.logits.abs().max()) < 1e-4
+        assert found.cache["dtype"] == cache.removeprefix("static_")
+        assert found.cache["reads"] == "live"
+
+
 def test_a_text_that_repeats_itself_is_looked_up(config: MakeConfig) -> None:
     """A model of one layer without attention to speak of goes round in circles."""
     arch = shape(4, 2, 32, num_hidden_layers=1, initializer_range=0.02)

@@ -69,9 +69,10 @@ class SpeculativeFused(FusedEngine):
         return self._run_verification(count)
 
     def describe_cache(self) -> dict[str, Any]:
-        """See `Target.describe_cache`: a verification reads it to its end."""
+        """See `Target.describe_cache`: a verification reads it to its end, but a low-bit one as far as the text is."""
         found = self._describe_cache()
-        del found["reads"]
+        if self.llama.cache is None:
+            del found["reads"]
         return found
 
     def _run_verification(self, count: int) -> torch.Tensor:
