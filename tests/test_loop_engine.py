@@ -223,13 +223,17 @@ def test_tokens_of_one_launch_share_its_end_and_the_mean_stays_right(config: Cal
 
 
 def test_attention_is_not_the_slow_kind(config: Callable[..., LbiConfig]) -> None:
-    """With torch's plain form of attention forbidden, a call that fell back to it would fail."""
+    """With torch's plain form of attention forbidden a call that needs it fails: that form alone does here."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     cell = config(arch=SHAPES["gqa4-96-llama3"])
     engine = make(cell, load(cell.model, cell.engine).model, slots=33)
+    wanted = engine.generate(list(range(21)), 8, seed=0).tokens
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        engine.generate(list(range(21)), 8, seed=0)
+        assert engine.generate(list(range(21)), 8, seed=0).tokens == wanted
+        q = torch.randn(1, 2, 8, 16)
+        with pytest.raises(RuntimeError, match="No available kernel"):
+            torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
 
 
 @pytest.mark.parametrize("knobs", [["decoding=greedy"], ["decoding=sampling", "decoding.repetition_penalty=1.3"]])
