@@ -17,8 +17,7 @@ HIDDEN, SLOTS, VOCABULARY = 128, 70, 5001
 
 def close(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
     error = float((found.double() - wanted.double()).norm() / wanted.double().norm())
-    # A 2-bit code is multiplied by inputs scaled by up to 64: float32 then keeps 4 to 5 digits of the sum.
-    if not error < 1e-3:
+    if not error < 1e-5:
         raise SystemExit(f"{what}: {error:.1e}")
 
 
