@@ -1,7 +1,7 @@
 """A linear layer that is stored as lbi's own kernels read it.
 
-On a GPU one token is a GEMV in Triton, up to 16 a small product in the tensor cores, and more
-are multiplied by unpacked weights. On a CPU there is no kernel: torch unpacks at every call.
+On a GPU up to 16 tokens are multiplied by the packed weights, more by unpacked ones. On a CPU
+there is no kernel: torch unpacks at every call.
 """
 
 from __future__ import annotations
