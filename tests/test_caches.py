@@ -244,8 +244,8 @@ class Widest(TorchDispatchMode):
 def test_no_step_writes_out_the_cache(config: Callable[..., LbiConfig]) -> None:
     cell = config("cache=static_int4", arch={"vocab_size": 31})
     engine = make(cell, load(cell.model, cell.engine).model, slots=700)
-    buffers, ready = engine._ready({1})  # type: ignore[attr-defined]
-    engine._prefill(torch.randint(0, 30, (1, 600)), buffers)  # type: ignore[attr-defined]
+    ready = engine._ready({1})  # type: ignore[attr-defined]
+    engine._prefill(torch.randint(0, 30, (600,)))  # type: ignore[attr-defined]
     with Widest() as widest:
         ready[1]()
     # The largest are views of the weights, 384 x 96; one layer's live keys alone would be more.

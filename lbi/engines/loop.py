@@ -17,8 +17,7 @@ be a wait whose use no number of lbi could show.
 from __future__ import annotations
 
 import inspect as signatures
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,15 +26,11 @@ import torch
 
 from lbi.config import LbiConfig
 from lbi.cuda_graphs import GraphedCall, require_device_counters
-from lbi.engines import Generation, Graphs, Mark, low_bit, sliding
+from lbi.engines import low_bit, sliding
 from lbi.engines.cache import LoopCache, describe_cache
-from lbi.engines.clock import Clock
+from lbi.engines.launching import LaunchingEngine, Steps
 from lbi.engines.sampling import Choose, asks_what_was_seen, chooser, note_seen
 from lbi.errors import InputError
-from lbi.metrics import Timing
-
-Steps = Callable[[], list[torch.Tensor]]
-"""Runs some decode steps. Returns the logits of each, (1, vocabulary), float32, good until it is called again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +63,22 @@ class Buffers:
             self.noise.exponential_()
 
 
-class LoopEngine:
+class LoopEngine(LaunchingEngine):
     """engine=loop. `model` is already quantized; `slots` is the length of the cache, in tokens."""
-
-    _ahead = 0
-    """Slots beyond the text's last one that a step may write to."""
 
     def __init__(self, model: Any, config: LbiConfig, slots: int) -> None:
         if config.cache.kind not in ("static", "sliding"):
             raise InputError("cache", config.cache.name, "moves its keys and values", "engine=loop needs cache=static")
-        self.model, self.config, self.slots = model, config, slots
+        super().__init__(config, slots)
+        self.model = model
         if config.cache.format:
             low_bit.use(model, config.cache.format, config.cache.group_size)
         if config.cache.window:
             sliding.use(model, config.cache.window, config.cache.sinks or 0)
-        self.device = config.engine.device
-        self.tokens_at_once = config.engine.tokens_per_graph
         self._choose, self._names = chooser(config.decoding), takes(model)
         self._step = decode_step(model, self._choose, self._names)
         self._forward: Callable[..., Any] = model
-        self._graphed: dict[int, GraphedCall] | None = None
         self._own: Buffers | None = None
-        self._mark: Mark = lambda tokens: nullcontext()
 
     def compile(self) -> None:
         """See `Engine.compile`. CUDA graphs are captured by the first call that needs them, before its timed region."""
@@ -105,77 +94,14 @@ class LoopEngine:
         if compiler.prefill:
             self._forward = compile_function(self.model.forward, compiler)
 
-    def generate(self, prompt: list[int], new_tokens: int, *, seed: int, inspect: bool = False) -> Generation:
-        """See `Engine.generate`. A token's time is the end of the launch that made it."""
-        self._check(prompt, new_tokens)
-        whole, rest = divmod(new_tokens - 1, self.tokens_at_once)
-        launches = [self.tokens_at_once] * whole + [rest] * (rest > 0)
-        clock = Clock(self.device)
-        with torch.no_grad():
-            buffers, steps = self._ready(set(launches))
-            ids = torch.tensor([prompt], device=self.device)
-            torch.manual_seed(seed)
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-            clock.mark()
-            logits = [self._prefill(ids, buffers)]
-            clock.mark()
-            for count in launches:
-                with self._mark(count):
-                    found = steps[count]()
-                clock.mark()
-                if inspect:
-                    logits += [one.to("cpu", copy=True) for one in found]
-            clock.mark()
-        start, *marks, end = clock.seconds()
-        times = tuple(at for at, count in zip(marks, [1, *launches], strict=True) for _ in range(count))
-        timing = Timing(start, times, end, len(prompt))
-        tokens = buffers.tokens[len(prompt) : len(prompt) + new_tokens].tolist()
-        if not inspect:
-            return Generation(tokens, timing)
-        return Generation(tokens, timing, torch.cat([one.cpu() for one in logits]), describe_cache(buffers.cache))
-
     def forward(self, tokens: list[int]) -> torch.Tensor:
         """See `Engine.forward`."""
         with torch.no_grad():
             output = self._forward(input_ids=torch.tensor([tokens], device=self.device), use_cache=False)
         return output.logits[0]  # type: ignore[no-any-return]
 
-    def graphs(self) -> Graphs | None:
-        """See `Engine.graphs`."""
-        if self._graphed is None:
-            return None
-        return Graphs(len(self._graphed), sum(graph.replays for graph in self._graphed.values()))
-
-    @contextmanager
-    def marking(self, mark: Mark) -> Iterator[None]:
-        """See `Engine.marking`."""
-        before, self._mark = self._mark, mark
-        try:
-            yield
-        finally:
-            self._mark = before
-
-    def _check(self, prompt: list[int], new_tokens: int) -> None:
-        """Refuse what would write beyond a tensor's end: on a GPU that ends the process, not the call."""
-        if not prompt:
-            raise InputError("workload.prompt", None, "has no tokens", "Give a text of at least one token")
-        if new_tokens < 1:
-            raise InputError("workload.new_tokens", new_tokens, "must be at least 1")
-        needed = len(prompt) + new_tokens - 1 + self._ahead
-        if self.slots < needed:
-            raise InputError(
-                "cache.max_len",
-                self.slots,
-                f"is too short for a prompt of {len(prompt)} and {new_tokens} new tokens",
-                f"Set it to {needed} or more, or to null for what the workload needs",
-            )
-
-    def _ready(self, counts: set[int]) -> tuple[Buffers, dict[int, Steps]]:
-        """Empty buffers, and what runs each number of steps. Captures the graphs that are not there yet."""
-        if self._own is None:
-            self._own = self._allocate()
-        buffers = self._own
+    def _ready(self, counts: set[int]) -> dict[int, Steps]:
+        buffers = self._buffers()
         steps: dict[int, Steps] = {count: partial(self._run, count, buffers) for count in counts}
         if self._graphed is not None:
             require_device_counters(buffers.cache)
@@ -184,7 +110,19 @@ class LoopEngine:
                 self._graphed[count] = GraphedCall(steps[count], buffers.reset)
             steps |= {count: self._graphed[count] for count in counts}
         buffers.reset()
-        return buffers, steps
+        return steps
+
+    def _buffers(self) -> Buffers:
+        """The buffers, allocated when they are first asked for."""
+        if self._own is None:
+            self._own = self._allocate()
+        return self._own
+
+    def _text(self) -> torch.Tensor:
+        return self._buffers().tokens
+
+    def _describe_cache(self) -> dict[str, Any]:
+        return describe_cache(self._buffers().cache)
 
     def _allocate(self) -> Buffers:
         cache = self._new_cache()
@@ -209,16 +147,15 @@ class LoopEngine:
             return sliding.SlidingCache(config, min(kind.window, self.slots), kind.sinks or 0)
         return LoopCache(config=config, max_cache_len=self.slots)
 
-    def _prefill(self, ids: torch.Tensor, buffers: Buffers) -> torch.Tensor:
-        """Feed the prompt (1, tokens) and choose the first new token; its logits, (1, vocabulary)."""
-        length = ids.shape[1]
+    def _prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        buffers, length = self._buffers(), ids.shape[0]
         buffers.cache.empty = True
         positions = torch.arange(length, device=self.device)[None]
-        logits = last_logits(self._forward, ids, positions, buffers.cache, self._names)
+        logits = last_logits(self._forward, ids[None], positions, buffers.cache, self._names)
         buffers.cache.empty = False
         buffers.position.fill_(length - 1)
         buffers.draw()
-        note_seen(buffers.seen, ids[0])
+        note_seen(buffers.seen, ids)
         chosen = self._choose(logits, buffers.noise, buffers.seen)
         keep(chosen, buffers.token, buffers.position, buffers.tokens)
         note_seen(buffers.seen, chosen)

@@ -65,33 +65,31 @@ class SpeculativeLoop(LoopEngine):
 
     def prepare(self, counts: Sequence[int]) -> None:
         """See `Target.prepare`."""
-        if self._own is None:
-            self._own = self._allocate()
-            require_rewindable(self._own.cache)
+        buffers = self._buffers()
+        require_rewindable(buffers.cache)
         if self._graphed is not None:
-            require_device_counters(self._own.cache)
+            require_device_counters(buffers.cache)
             for count in counts:
                 if count not in self._verifications:
-                    self._own.reset()
-                    call = partial(self._run_verification, count, self._own)
-                    self._verifications[count] = GraphedCall(call, self._own.reset)
-        self._own.reset()
+                    buffers.reset()
+                    call = partial(self._run_verification, count, buffers)
+                    self._verifications[count] = GraphedCall(call, buffers.reset)
+        buffers.reset()
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Target.prefill`."""
-        buffers = self._prepared()
-        buffers.tokens[: ids.shape[0]] = ids
-        return self._prefill(ids[None], buffers)
+        self._buffers().tokens[: ids.shape[0]] = ids
+        return self._prefill(ids)
 
     def last_token(self) -> int:
         """See `Target.last_token`."""
-        return int(self._prepared().token)
+        return int(self._buffers().token)
 
     def verify(self, count: int, behind: int) -> torch.Tensor:
         """See `Target.verify`."""
         if self._graphed is not None:
             return self._verifications[count]()  # type: ignore[no-any-return]
-        buffers = self._prepared()
+        buffers = self._buffers()
         # Without it transformers asks the device whether the cache is empty, and waits for the answer.
         buffers.cache.length = behind if self.config.compiler.backend == "eager" else None
         logits = self._run_verification(count, buffers)
@@ -100,16 +98,11 @@ class SpeculativeLoop(LoopEngine):
 
     def describe_cache(self) -> dict[str, Any]:
         """See `Target.describe_cache`."""
-        found = describe_cache(self._prepared().cache)
+        found = describe_cache(self._buffers().cache)
         if isinstance(self._drafter, ModelDrafter) and not self._drafter.draft.shares_cache:
             own = describe_cache(self._drafter.cache)
             found["draft"] = {name: own[name] for name in ("class", "bytes", "bytes_per_slot")}
         return found
-
-    def _prepared(self) -> Buffers:
-        if self._own is None:
-            raise RuntimeError("prepare() comes first")
-        return self._own
 
     def _run_verification(self, count: int, buffers: Buffers) -> torch.Tensor:
         buffers.draw()
@@ -120,4 +113,4 @@ class SpeculativeLoop(LoopEngine):
     def _make_drafter(self) -> Drafter:
         if self._draft is None:
             return LookupDrafter(self.drafts, self.config.decoding.ngram or 1)
-        return ModelDrafter(self._draft, self.config, self._prepared(), self.drafts, self.slots)
+        return ModelDrafter(self._draft, self.config, self._buffers(), self.drafts, self.slots)

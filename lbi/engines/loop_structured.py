@@ -45,7 +45,7 @@ class StructuredLoop(SpeculativeLoop):
         for count in counts if self._graphed is not None else ():
             if count not in self._choices:
                 logits = self._verifications[count]()
-                restore = self._prepared().reset
+                restore = self._buffers().reset
                 restore()
                 self._choices[count] = GraphedCall(partial(self._run_choice, count, logits), restore)
 
@@ -59,7 +59,7 @@ class StructuredLoop(SpeculativeLoop):
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Target.prefill`: the first token follows the grammar as well."""
-        buffers, length = self._prepared(), ids.shape[0]
+        buffers, length = self._buffers(), ids.shape[0]
         buffers.cache.empty = True
         positions = torch.arange(length, device=ids.device)[None]
         logits = last_logits(self._forward, ids[None], positions, buffers.cache, self._names)
@@ -89,7 +89,7 @@ class StructuredLoop(SpeculativeLoop):
         return logits
 
     def _run_choice(self, count: int, logits: torch.Tensor) -> None:
-        buffers = self._prepared()
+        buffers = self._buffers()
         buffers.draw()
         self.drafts.draw()
         allowed = allowed_only(logits, self._grammar.masks[: count + 1], self._table)
