@@ -22,7 +22,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     given = _parse(verb, arguments)
     if not Path(given.store).is_dir():
         raise InputError("store", given.store, "there is no such store", "Name it with --store or LBI_STORE")
-    store = Store.open(given.store, write=verb not in ("status", "logs"))
+    store = Store.open(given.store, write=verb not in ("status", "logs", "recipe"))
     sweep = find(store, given.sweep)
     return VERBS[verb](store, sweep, given)
 
@@ -33,6 +33,10 @@ def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument("sweep", help="name of a sweep, or its beginning")
         parser.add_argument("cell", help="number of a cell, a part of its name, or its run id")
         parser.add_argument("-f", "--follow", action="store_true", help="go on as the log grows")
+    elif verb == "recipe":
+        parser.add_argument("run", help="run id, or number or part of the name of a cell of the sweep")
+        parser.add_argument("--sweep", help="name of a sweep, or its beginning; left out: the newest")
+        parser.add_argument("-o", "--output", help="file to write; left out: the script is printed")
     else:
         parser.add_argument("sweep", nargs="?", help="name of a sweep, or its beginning; left out: the newest")
     parser.add_argument("--store", default=os.environ.get("LBI_STORE", "lbi_store"), help="folder of the store")
@@ -77,6 +81,12 @@ def _report(store: Store, sweep: str, given: argparse.Namespace) -> int:
     return 0
 
 
+def _recipe(store: Store, sweep: str, given: argparse.Namespace) -> int:
+    from lbi.recipe import script
+
+    return script.show(store, sweep, given.run, given.output)
+
+
 def _collect(store: Store, sweep: str, given: argparse.Namespace) -> int:
     from lbi.collect import rows, write_tables
 
@@ -103,4 +113,5 @@ VERBS = {
     "report": _report,
     "collect": _collect,
     "sync": _sync,
+    "recipe": _recipe,
 }
