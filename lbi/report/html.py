@@ -22,7 +22,7 @@ from lbi.files import write_bytes
 from lbi.ranking import Table, tables
 from lbi.report import sections
 from lbi.report.cell_details import Extent, details
-from lbi.report.cell_table import cell_table
+from lbi.report.cell_table import cell_table, controls
 from lbi.report.chart_figures import Figures
 from lbi.report.environments import environments
 from lbi.report.environments import section as environment_section
@@ -104,7 +104,7 @@ def _page(content: Content, extent: Extent, script: str | None, without: str) ->
         header=_header(content),
         main=main,
         footer=_footer(content, script is not None),
-        charts=embedded_json(figures.specs),
+        charts=embedded_json(figures.embedded()),
         details=embedded_json(details(content.rows, content.facts, content.root, extent)),
         scripts="\n".join(f"<script>{text}</script>" for text in scripts),
     )
@@ -183,16 +183,17 @@ def _table_section(content: Content, index: int, table: Table, extent: Extent, f
     baseline = f"The baseline is {table.baseline['name']}." if table.baseline else "There is no baseline."
     legend = sections.interval_legend(table)
     caption = f"All cells of {sections.title(table)}"
-    words = " ".join(text for text in (legend, baseline, "Open a row for all of its details.") if text)
-    search = element("label", "Filter rows ", element("input", type="search", aria_controls=f"cells-{index}"))
+    ways = "Open a row for all of its details; tick rows to see them side by side."
+    words = " ".join(text for text in (legend, baseline, ways) if text)
     return [
         figures.of(table, index, content.header.get("max_kld")),
         element("h3", "All cells"),
         sections.note(table, content.header),
         sections.disturbed(table),
         paragraph(words, *_shortened(extent), class_="quiet"),
-        element("div", search, element("output"), class_="filter"),
+        controls(table, index),
         element("div", cell_table(table, content.facts, caption), id=f"cells-{index}"),
+        element("div", id=f"beside-{index}", class_="beside", aria_live="polite"),
         sections.unpacking(table),
     ]
 
