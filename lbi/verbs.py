@@ -22,7 +22,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     given = _parse(verb, arguments)
     if not Path(given.store).is_dir():
         raise InputError("store", given.store, "there is no such store", "Name it with --store or LBI_STORE")
-    store = Store.open(given.store, write=verb not in ("status", "logs", "recipe"))
+    store = Store.open(given.store, write=verb not in ("status", "logs", "recipe", "trace"))
     sweep = find(store, given.sweep)
     return VERBS[verb](store, sweep, given)
 
@@ -33,6 +33,10 @@ def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument("sweep", help="name of a sweep, or its beginning")
         parser.add_argument("cell", help="number of a cell, a part of its name, or its run id")
         parser.add_argument("-f", "--follow", action="store_true", help="go on as the log grows")
+    elif verb == "trace":
+        parser.add_argument("run", help="run id, or number or part of the name of a cell of the sweep")
+        parser.add_argument("other", nargs="?", help="another one, which the first is compared with")
+        parser.add_argument("--sweep", help="name of a sweep, or its beginning; left out: the newest")
     elif verb == "recipe":
         parser.add_argument("run", help="run id, or number or part of the name of a cell of the sweep")
         parser.add_argument("--sweep", help="name of a sweep, or its beginning; left out: the newest")
@@ -87,6 +91,12 @@ def _recipe(store: Store, sweep: str, given: argparse.Namespace) -> int:
     return script.show(store, sweep, given.run, given.output)
 
 
+def _trace(store: Store, sweep: str, given: argparse.Namespace) -> int:
+    from lbi import compare_traces
+
+    return compare_traces.show(store, sweep, given.run, given.other)
+
+
 def _collect(store: Store, sweep: str, given: argparse.Namespace) -> int:
     from lbi.collect import rows, write_tables
 
@@ -114,4 +124,5 @@ VERBS = {
     "collect": _collect,
     "sync": _sync,
     "recipe": _recipe,
+    "trace": _trace,
 }

@@ -501,6 +501,7 @@ addEventListener("load", () => setTimeout(async () => {
     seen.hover = document.querySelector("#vg-tooltip-element")?.textContent;
   }
   seen.dots = marks("roofline");
+  seen.kinds = document.querySelectorAll('[data-chart="kernels-1"] .mark-rect.role-mark path').length;
   const controls = document.querySelector(".filter");
   choose(controls.querySelector("select.by"), "cache");
   seen.groups = [...body.querySelectorAll("tr.group")].map((row) => row.textContent);
@@ -574,13 +575,16 @@ def test_a_reader_sorts_points_filters_groups_and_compares(tmp_path: Path, brows
     ):
         index = made.cell(name, cache=cache)
         text = {"text": f"text number {number}"}
-        made.result(index, metrics=numbered(speed, 0.01 * number, 270e6 - 1e8 * (name == "hqq4")), text=text)
+        taken = {"kinds_ms": {"products": 5.0, "norms": 1.0}, "outside_ms": 2.0, "time": "of the CPU"}
+        files = {"metrics": numbered(speed, 0.01 * number, 270e6 - 1e8 * (name == "hqq4")), "text": text}
+        made.result(index, **files, effective={"timeline": taken})
     seen = browser.read(made.write(), "--window-size=1300,2000")
     assert seen["ranked"] == ["c3", "c1", "c0", "c2"]
     assert seen["planned"] == ["c0", "c1", "c2", "c3"]
-    assert seen["charts"] == 4
+    assert seen["charts"] == 5
     assert "MBU" in seen["hover"]
     assert seen["dots"] == 4
+    assert seen["kinds"] == 4 * 3
     assert seen["groups"] == [
         "cache dynamic: 2 cells, the fastest 90 tok/s",
         "cache static: 2 cells, the fastest 120 tok/s",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lbi.ranking import KLD_FLOOR, SPEED, Table
-from lbi.report import charts, parallel_chart, roofline_chart
+from lbi.report import charts, kernel_chart, parallel_chart, roofline_chart
 from lbi.report.chart_data import Spec, measured, records
+from lbi.report.facts import Facts, part
 from lbi.report.figures import percent, small
 from lbi.report.markup import Html, element, joined, paragraph
 
@@ -24,7 +26,7 @@ class Figures:
         """What the page's script draws from: the specifications, and the records of each table once."""
         return {"specs": self.specs, "cells": self.cells}
 
-    def of(self, table: Table, index: int, max_kld: float | None) -> Html:
+    def of(self, table: Table, index: int, max_kld: float | None, facts: Mapping[int, Facts]) -> Html:
         """The figures of one table, side by side where there is room."""
         if not measured(table):
             return paragraph("There is no chart: no cell has a speed.")
@@ -32,7 +34,8 @@ class Figures:
             return paragraph(f"There are no charts: {self.without}.", class_="note")
         self.cells[str(index)] = records(table)
         first = element("div", self._pareto(table, index, max_kld), self._bars(table, index), class_="charts")
-        more = [*self._roofline(table, index), *self._parallel(table, index)]
+        kernel_chart.extend(self.cells[str(index)], table, facts)
+        more = [*self._roofline(table, index), *self._parallel(table, index), *self._kernels(table, index, facts)]
         return joined([first, element("div", *more, class_="charts")] if more else [first])
 
     def _roofline(self, table: Table, index: int) -> list[Html]:
@@ -47,6 +50,18 @@ class Figures:
             f"Nearest to the measured one: {nearest.row['name']}, at {percent(nearest.row['mbu_measured'])} of it."
         )
         return [_figure("Roofline of decoding", name, caption)]
+
+    def _kernels(self, table: Table, index: int, facts: Mapping[int, Facts]) -> list[Html]:
+        shown = kernel_chart.bars(table, facts)
+        if not shown:
+            return []
+        name = f"kernels-{index}"
+        self.specs[name] = kernel_chart.breakdown(table, facts)
+        ways = {str(part(facts[item.row["cell"]].effective, "timeline").get("time")) for item in shown}
+        caption = f"Time {'; '.join(sorted(ways))}. It is that of a short pass after the measurement."
+        if len(shown) == kernel_chart.MOST_BARS:
+            caption += f" Shown are the {len(shown)} fastest cells."
+        return [_figure("Where a decode step's time goes", name, caption)]
 
     def _parallel(self, table: Table, index: int) -> list[Html]:
         if len(measured(table)) < 2 or len(parallel_chart.axes(table)) < 2:

@@ -186,7 +186,7 @@ def _table_section(content: Content, index: int, table: Table, extent: Extent, f
     ways = "Open a row for all of its details; tick rows to see them side by side."
     words = " ".join(text for text in (legend, baseline, ways) if text)
     return [
-        figures.of(table, index, content.header.get("max_kld")),
+        figures.of(table, index, content.header.get("max_kld"), content.facts),
         element("h3", "All cells"),
         sections.note(table, content.header),
         sections.disturbed(table),
