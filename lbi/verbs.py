@@ -50,6 +50,7 @@ def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument("filter", nargs="?", help="only cells whose name has this part")
     if verb == "report":
         parser.add_argument("--baseline", help="cell that ratios refer to, by a part of its name or its run id")
+        parser.add_argument("--against", help="another sweep, or an env_id, that each cell is compared with")
         parser.add_argument("--max-kld", type=float, help="bound on the mean KLD of an answer, in nats")
     if verb == "sync":
         parser.add_argument("--project", default="lbi", help="W&B project")
@@ -76,11 +77,13 @@ def _cancel(store: Store, sweep: str, given: argparse.Namespace) -> int:
 
 
 def _report(store: Store, sweep: str, given: argparse.Namespace) -> int:
+    from lbi.comparing import resolve
     from lbi.drive import write_reports
     from lbi.sweep_folder import change_header
 
-    if given.baseline or given.max_kld is not None:
-        change_header(store, sweep, baseline=given.baseline, max_kld=given.max_kld)
+    against = resolve(store, given.against) if given.against else None
+    if given.baseline or against or given.max_kld is not None:
+        change_header(store, sweep, baseline=given.baseline, max_kld=given.max_kld, against=against)
     write_reports(store, sweep)
     return 0
 

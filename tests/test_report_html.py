@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+from lbi.collect import rows
+from lbi.comparing import compare, resolve
+from lbi.errors import InputError
 from lbi.report import html, vega
 from lbi.report.charts import KLD_FLOOR
 from lbi.store import Store
@@ -474,6 +477,47 @@ def test_the_bundle_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(made) == 2
     monkeypatch.setattr(vega, "PACKAGE", "a-package-that-nobody-has")
     assert vega.bundle() is None
+
+
+def test_against_another_sweep_and_another_environment(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    made.measured("none", 100.0)
+    made.measured("int8_wo", 150.0)
+    made.measured("hqq4", 80.0)
+    made.measured("int4_wo", 60.0)
+    made.result(made.cell("fp8_wo"), "oom", "needs 90 GB")
+    made.page()
+    # The same cells elsewhere: one as fast, one slower, one faster, one without a number.
+    for index, speed in ((0, 100.5), (1, 120.0), (2, 99.0)):
+        folder = made.store.run_folder(f"{index:012x}", "e1") / "attempt-1"
+        folder.mkdir(parents=True)
+        numbers = {
+            "decode_tok_s": speed,
+            "decode_tok_s_lo": speed - 1,
+            "decode_tok_s_hi": speed + 1,
+            "repetitions": 5.0,
+        }
+        (folder / "metrics.json").write_text(json.dumps({"schema": 1, "metrics": numbers}))
+        outcome = {"schema": 1, "run_id": f"{index:012x}", "status": "ok", "reason": "", "attempt": 1}
+        (folder.parent / "status.json").write_text(json.dumps(outcome | {"finished": 1.0, "seconds": 1.0}))
+    found = compare(made.store, SWEEP, rows(made.store, SWEEP), "e1")
+    assert [(pair.row["name"], pair.verdict) for pair in found.pairs] == [
+        ("hqq4", "slower"), ("none", "tie"), ("int8_wo", "faster"),
+    ]  # fmt: skip
+    assert [row["name"] for row in found.alone] == ["int4_wo"]
+    made.lines[0]["against"] = "e1"
+    page = made.page()
+    words = (
+        "Of 3 cells measured here and in environment e1: 1 faster beyond noise, 1 slower beyond noise, 1 within noise."
+    )
+    assert words in page.text
+    assert "1.25 (1.23 to 1.27)" in page.text
+    assert "#against" in page.attributes("href")
+    itself = compare(made.store, SWEEP, rows(made.store, SWEEP), SWEEP)
+    assert {pair.verdict for pair in itself.pairs} == {"tie"}
+    assert resolve(made.store, "e1") == "e1"
+    with pytest.raises(InputError, match="neither a sweep nor an env_id"):
+        resolve(made.store, "nonsense")
 
 
 READER = """

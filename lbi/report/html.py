@@ -18,6 +18,7 @@ from typing import Any
 
 import lbi
 from lbi.collect import Row, rows
+from lbi.comparing import Comparison, compare
 from lbi.files import write_bytes
 from lbi.ranking import Table, tables
 from lbi.report import sections
@@ -54,6 +55,7 @@ class Content:
     facts: dict[int, Facts]
     problems: list[str]
     made: float
+    comparison: Comparison | None = None
 
 
 def write(store: Store, sweep: str) -> Path:
@@ -78,6 +80,7 @@ def read_content(store: Store, sweep: str) -> Content:
         facts=facts,
         problems=list(dict.fromkeys(problems)),
         made=time.time(),
+        comparison=compare(store, sweep, table, str(header["against"])) if header.get("against") else None,
     )
 
 
@@ -125,6 +128,8 @@ def _file(name: str) -> str:
 
 def _header(content: Content) -> Html:
     links = [("result", "Result"), *((f"table-{index}", sections.title(table)) for index, table in _numbered(content))]
+    if content.comparison:
+        links.append(("against", f"Against {content.comparison.what}"))
     links += [("left-out", "Cells left out"), ("environment", "Environment"), ("numbers", "What the numbers mean")]
     links += [("request", "Request")]
     cells = "1 cell" if len(content.rows) == 1 else f"{len(content.rows)} cells"
@@ -149,6 +154,9 @@ def _main(content: Content, extent: Extent, figures: Figures) -> Html:
     for index, table in _numbered(content):
         made = _table_section(content, index, table, extent, figures)
         parts.append(_section(f"table-{index}", sections.title(table), *made))
+    if content.comparison:
+        heading = f"Against {content.comparison.what}"
+        parts.append(_section("against", heading, sections.comparison(content.comparison)))
     missing = [element("h3", "Numbers that measured cells lack"), sections.missing_numbers(content.rows)]
     found = environments(content.rows, content.facts)
     request = sections.request(content.header, str(content.root), content.made, content.rows)
