@@ -136,6 +136,8 @@ class _Sections:
                 text = identity.canonical_decoding(section)
             elif group == "cache":
                 text = identity.canonical_cache(section)
+            elif group == "measure":
+                text = identity.canonical_measure(section)
             else:
                 text = identity.canonical(plain(section))
             self._canonical[key] = (section, text)
