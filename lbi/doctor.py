@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lbi import environment, hardware
@@ -57,6 +57,40 @@ def examine() -> int:
     for problem in problems:
         print(f"  {problem}")
     return 1 if problems else 0
+
+
+def roofline(overrides: Sequence[str]) -> int:
+    """Print what the memory allows each quantizer for one model and workload, before anything runs; 0."""
+    from hydra.errors import HydraException
+
+    from lbi import prediction
+    from lbi.hydra_compose import explain
+
+    try:
+        cells = [(option, *sole_cell(sections)) for option, sections in _composed("quantizer", *overrides)]
+    except HydraException as error:
+        raise InputError("overrides", " ".join(overrides), explain(error), "See python -m lbi --help") from error
+    first = cells[0][1]
+    if first.engine.device == "cpu":
+        # torchao's wheel carries CUDA libraries only; trying to load them prints pages.
+        os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    bandwidths = _bandwidths(first.engine.device)
+    workload = f"{first.workload.prompt_tokens} + {first.workload.new_tokens} tokens"
+    print(f"{first.model.name}, {workload}, engine.device={first.engine.device}. At most, at batch 1 without drafts:\n")
+    bounds = [prediction.bound(option, config, facts, refused) for option, config, facts, refused in cells]
+    for line in prediction.table(bounds, bandwidths):
+        print(line)
+    return 0
+
+
+def _bandwidths(device: str) -> dict[str, float]:
+    """Bytes a second by where they are from: a streaming read measured now, and the GPU's data sheet."""
+    from lbi import roofline
+
+    found = {"measured": roofline.read_bandwidth(device)}
+    cards = environment.describe()["gpus"] if device == "cuda" else []
+    nominal = roofline.nominal_bandwidth(cards[0]["name"]) if cards else None
+    return found | ({"data sheet": nominal} if nominal else {})
 
 
 def _packages() -> Iterator[str]:

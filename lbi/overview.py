@@ -28,6 +28,7 @@ Afterwards (SWEEP is a name, the beginning of one, or left out for the newest):
   python -m lbi trace RUN [OTHER]   where a decode step's time goes, and which kernels cost the difference
   python -m lbi recipe RUN          a result as a short script of its own, without lbi where it can be
   python -m lbi doctor              what this machine can run, and what is missing for the rest
+  python -m lbi doctor --roofline   the speed that the memory allows each quantizer (model=..., workload=...)
 
 Groups (choose with group=option; * is the default)
 """

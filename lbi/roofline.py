@@ -43,12 +43,15 @@ def bytes_per_token(model: torch.nn.Module, layers: list[Layer], kv_bytes_read: 
     All weights but the embedding table, of which one row is read, unless the lm_head
     is the same storage; plus the keys and values.
     """
-    embedding = model.get_input_embeddings().weight  # of an int8 table too
+    module = model.get_input_embeddings()
+    embedding = module.weight  # of an int8 table too
     head = next((layer for layer in layers if layer.name.endswith("lm_head")), None)
     tied = head is not None and any(
         tensor.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr() for tensor in head.seen.tensors
     )
-    table = 0 if tied else storage_bytes([embedding])
+    scale = getattr(module, "scale", None)
+    whole = [embedding, scale] if isinstance(scale, torch.Tensor) else [embedding]
+    table = 0 if tied else storage_bytes(whole)
     row = embedding.shape[-1] * embedding.element_size()
     return weight_bytes(model) - table + (0 if tied else row) + kv_bytes_read
 

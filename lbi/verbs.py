@@ -16,15 +16,23 @@ from lbi.sweep_folder import find
 def run(verb: str, arguments: Sequence[str]) -> int:
     """Carry out a verb; its exit code."""
     if verb == "doctor":
-        from lbi.doctor import examine
-
-        return examine()
+        return _doctor(arguments)
     given = _parse(verb, arguments)
     if not Path(given.store).is_dir():
         raise InputError("store", given.store, "there is no such store", "Name it with --store or LBI_STORE")
     store = Store.open(given.store, write=verb not in ("status", "logs", "recipe", "trace"))
     sweep = find(store, given.sweep)
     return VERBS[verb](store, sweep, given)
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    from lbi import doctor
+
+    parser = argparse.ArgumentParser(prog="python -m lbi doctor")
+    parser.add_argument("--roofline", action="store_true", help="the speed that the memory allows each quantizer")
+    parser.add_argument("overrides", nargs="*", help="with --roofline: model=..., workload=... and other overrides")
+    given = parser.parse_args(list(arguments))
+    return doctor.roofline(given.overrides) if given.roofline else doctor.examine()
 
 
 def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
