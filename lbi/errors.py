@@ -57,6 +57,6 @@ class ClusterError(Exception):
 
 
 class Disturbed(RunFailure):
-    """Others were on the device, which says nothing about the setting: the next call runs it again."""
+    """Others were on the device, or it was too hot: that says nothing of the setting, and the next call runs it again."""
 
     status = "preempted"

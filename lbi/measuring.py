@@ -11,6 +11,7 @@ from lbi.config import LbiConfig, MeasureConfig
 from lbi.energy import EnergyMeter
 from lbi.engines import Engine, Generation
 from lbi.errors import Disturbed, NotApplied, RunFailure, Unsupported
+from lbi.gpu_clocks import ClockWatch
 from lbi.gpu_processes import ForeignWatch, named
 from lbi.metrics import Speculation, Timing, median_interval, summarize, summarize_speculation, summarize_structure
 from lbi.process import CpuWatch, PeakMemory, Phases
@@ -18,6 +19,10 @@ from lbi.record import Record
 
 RECOMPILED = "recompiled"
 """Why a sample is void that compiled something."""
+
+
+LOWERED = "the GPU lowered its clocks"
+"""Begins why a sample is void that a hot GPU, or its board's brake, has slowed down."""
 
 
 def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> list[int]:
@@ -29,16 +34,18 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
     most = _most(config.measure)
     speculations: list[Speculation] = []
     tokens: list[int] = []
-    others = ForeignWatch(config.engine.device)
+    others, clocks = ForeignWatch(config.engine.device), ClockWatch(config.engine.device)
     with phases("measure"), PeakMemory(config.engine.device) as peak:
         for number in range(most + config.measure.void_budget):
             time.sleep(config.measure.cooldown_s)
             before = counters()
-            with others, CpuWatch() as watch, EnergyMeter(config.engine.device) as meter:
+            with others, clocks, CpuWatch() as watch, EnergyMeter(config.engine.device) as meter:
                 generation = engine.generate(prompt, config.workload.new_tokens, seed=config.decoding.seed or 0)
             void = RECOMPILED if counters()["graphs"] != before["graphs"] else ""
             if others.during and config.resources.foreign != "ignore":
                 void = void or f"{named(others.during)} on the GPU"
+            if clocks.slowed:
+                void = void or f"{LOWERED}: {clocks.slowed}"
             record.samples += _sample_rows(number, generation.timing, void, watch)
             _check_structure(config, generation)
             if void:
@@ -58,7 +65,7 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
     _note_target(config.measure, valid, record)
     record.metrics["void_samples"] = float(len(voids))
     record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
-    record.effective |= others.report()
+    record.effective |= others.report() | clocks.report()
     _note_compile(config, valid, record)
     _note_surroundings(config, joules, len(tokens), record)
     return tokens

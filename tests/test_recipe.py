@@ -138,6 +138,19 @@ def test_the_verb_writes_a_script_that_checks_itself(folder: Path, store: Store,
     assert own.stdout.splitlines() != ran.stdout.splitlines()[:1]
 
 
+@pytest.mark.parametrize("verb", ["recipe", "trace"])
+def test_looking_at_a_run_needs_no_torch(folder: Path, tmp_path: Path, verb: str) -> None:
+    """A torch that cannot be imported stands in its place."""
+    for name in ("torch", "transformers", "torchao", "hqq"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise ImportError('{name} was imported')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "lbi", verb, "hf int8_pack"]
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert {"recipe": "def generate", "trace": "aten::_weight_int8pack_mm"}[verb] in ran.stdout
+
+
 @pytest.mark.parametrize(("run", "words"), [("nonsense", "no such cell"), ("int8_wo", "several cells")])
 def test_what_names_no_single_run(folder: Path, run: str, words: str) -> None:
     said = lbi(folder, "recipe", run)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lbi import gpu_processes, measuring
+from lbi import gpu_clocks, gpu_processes, measuring
 from lbi.engines import Generation
 from lbi.errors import Disturbed, NotApplied
 from lbi.metrics import Timing
@@ -67,6 +67,41 @@ def test_a_sample_with_a_recompile_is_void_and_repeated(plan: Callable[..., Plan
 def test_too_many_void_samples_are_no_number(plan: Callable[..., Plan], tmp_path: Path) -> None:
     with pytest.raises(NotApplied, match="3 of 5 samples were void: recompiled"):
         measured(plan, tmp_path, {0, 2, 3})
+
+
+def clocks(reasons: int) -> dict[str, int]:
+    return {"sm_mhz": 1980, "memory_mhz": 3201, "temperature_c": 45, "power_mw": 310000, "reasons": reasons}
+
+
+def test_a_sample_of_a_gpu_that_is_too_hot_is_void(
+    plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two looks a sample: the second one's end is too hot, the third is at the power limit, which is no fault."""
+    looks = iter([clocks(0), clocks(1), clocks(0), {**clocks(0x20), "temperature_c": 91}, clocks(4), clocks(4)])
+    monkeypatch.setattr(gpu_clocks, "read", lambda: next(looks, clocks(0)))
+    monkeypatch.setattr(measuring, "ClockWatch", lambda device: gpu_clocks.ClockWatch("cuda"))
+    record, _ = measured(plan, tmp_path, set())
+    assert record.metrics["void_samples"] == 1
+    assert record.metrics["repetitions"] == 3
+    reasons = {row["repetition"]: row["void"] for row in record.samples}
+    assert reasons == {0: "", 1: "the GPU lowered its clocks: too hot", 2: "", 3: ""}
+    assert record.effective["clocks"]["lowered"] == ["too hot", "power limit"]
+    assert record.effective["clocks"]["temperature_c"] == 91
+    assert record.effective["clocks"]["power_w"] == 310.0
+
+
+def test_a_gpu_that_stays_too_hot_is_no_number_and_is_run_again(
+    plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_clocks, "read", lambda: clocks(0x40))
+    monkeypatch.setattr(measuring, "ClockWatch", lambda device: gpu_clocks.ClockWatch("cuda"))
+    with pytest.raises(Disturbed, match="5 of 5 samples were void: the GPU lowered its clocks: much too hot"):
+        measured(plan, tmp_path, set())
+
+
+def test_a_cpu_has_no_clocks_to_report(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    record, _ = measured(plan, tmp_path, set())
+    assert "clocks" not in record.effective
 
 
 @pytest.mark.parametrize(("target", "taken", "reached"), [(0.67, 3, True), (0.66, 7, False)])

@@ -47,7 +47,8 @@ class Figures:
         nearest = max(points, key=lambda item: float(item.row["mbu_measured"]))
         caption = (
             "The lines are what the memory's bandwidth allows at batch 1: bytes a second over bytes a token. "
-            f"Nearest to the measured one: {nearest.row['name']}, at {percent(nearest.row['mbu_measured'])} of it."
+            f"Nearest to the measured one: {nearest.row['name']}, at {percent(nearest.row['mbu_measured'])} of it. "
+            "Colours are the quantizers', as in the bars."
         )
         return [_figure("Roofline of decoding", name, caption)]
 
