@@ -57,6 +57,6 @@ class ClusterError(Exception):
 
 
 class Disturbed(RunFailure):
-    """Others were on the device, or it was too hot: that says nothing of the setting, and the next call runs it again."""
+    """Others were on the device, or it was too hot: no word about the setting, and the next call runs it again."""
 
     status = "preempted"
