@@ -90,6 +90,7 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     # Made after it: engine=fused turns the model's layers into views of its own matrices.
     engine = make(config, loaded.model, slots, draft, loaded.tokenizer)
     layers = steps.read_again(config, loaded.model, layers)
+    draft_layers = steps.read_again(config, draft.model, draft_layers) if draft else []
     steps.warm_up(config, engine, prompt, record, phases)
     steps.keep_tuning(layers, tuning)
     tokens = measuring.measure(config, engine, prompt, record, phases)

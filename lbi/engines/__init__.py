@@ -82,10 +82,14 @@ def make(config: LbiConfig, model: Any, slots: int, draft: Any = None, tokenizer
         from lbi.engines.loop import LoopEngine
 
         return LoopEngine(model, config, slots)
+    if config.engine.kind == "fused" and config.decoding.grammar is not None:
+        from lbi.engines.fused_structured import StructuredFused
+
+        return StructuredFused(model, config, slots, tokenizer)
     if config.engine.kind == "fused" and config.decoding.speculative is not None:
         from lbi.engines.fused_speculative import SpeculativeFused
 
-        return SpeculativeFused(model, config, slots)
+        return SpeculativeFused(model, config, slots, draft)
     if config.engine.kind == "fused":
         from lbi.engines.fused import FusedEngine
 

@@ -41,6 +41,10 @@ class LaunchingEngine(ABC):
         """What runs each number of steps, on empty buffers. Captures the graphs that are not there yet."""
 
     @abstractmethod
+    def _reset(self) -> None:
+        """Back to before the first token."""
+
+    @abstractmethod
     def _prefill(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed the prompt (tokens,) and choose the first new token; its logits, (1, vocabulary)."""
 

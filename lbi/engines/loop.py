@@ -112,6 +112,9 @@ class LoopEngine(LaunchingEngine):
         buffers.reset()
         return steps
 
+    def _reset(self) -> None:
+        self._buffers().reset()
+
     def _buffers(self) -> Buffers:
         """The buffers, allocated when they are first asked for."""
         if self._own is None:
