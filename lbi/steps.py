@@ -21,7 +21,7 @@ from lbi import environment, identity, lossless, quality, roofline, rules
 from lbi.compilers import CompilerState, counters
 from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig
 from lbi.draft_models import Draft
-from lbi.engines import Engine, make, plain_engine, steps_to_look_at
+from lbi.engines import Engine, Generation, make, plain_engine, steps_to_look_at
 from lbi.errors import BadNumerics, NotApplied, Unsupported
 from lbi.files import BadFile, read_json, write_json
 from lbi.metrics import (
@@ -181,10 +181,37 @@ def plain_path(
         plain = replace(plain, decoding=PLAIN_DECODING)
         engine = make(plain, model, slots=0)
         expected = engine.generate(prompt, config.workload.new_tokens, seed=0, inspect=True)
-        at_once = engine.forward(prompt + expected.tokens[:-1])[len(prompt) - 1 :].float().cpu()
+        return _check_against(config, model, engine, prompt, expected, "generate()")
+
+
+def cache_path(
+    config: LbiConfig, model: Any, engine: Any, prompt: list[int], phases: Phases
+) -> Callable[[list[int]], dict[str, Any]] | None:
+    """A check of drafted greedy tokens over a lossy cache against greedy decoding by the same engine over that cache.
+
+    To be had before the engine compiles. None where nothing is drafted, or `plain_path` has the check.
+    """
+    free = config.decoding.kind == "greedy" and config.decoding.grammar is None
+    if config.decoding.speculative is None or not free or config.cache.lossless:
+        return None
+    with phases("plain path"):
+        expected = engine.without_drafts(prompt, config.workload.new_tokens)
+        return _check_against(config, model, engine, prompt, expected, "greedy over the same cache")
+
+
+def _check_against(
+    config: LbiConfig, model: Any, engine: Engine, prompt: list[int], expected: Generation, what: str
+) -> Callable[[list[int]], dict[str, Any]]:
+    """A comparison with what `engine` generated. Raises `BadNumerics` for logits that are not finite."""
+    at_once = engine.forward(prompt + expected.tokens[:-1])[len(prompt) - 1 :].float().cpu()
     if not bool(torch.isfinite(at_once).all()):
         raise BadNumerics("the logits hold NaN or infinity")
-    return lambda tokens: lossless.compare(tokens, expected.tokens, expected.logits, at_once)
+    plain = config.quantizer.family in ("none", "native") and config.cache.format is None
+    arithmetic = lossless.Arithmetic(model.dtype, model.config.num_hidden_layers, plain)
+    return lambda tokens: {
+        "against": what,
+        **lossless.compare(tokens, expected.tokens, expected.logits, at_once, arithmetic),
+    }
 
 
 def warm_up(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> None:

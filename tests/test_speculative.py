@@ -571,6 +571,8 @@ def test_what_drafts_is_part_of_the_identity(plan: MakePlan) -> None:
         ["engine=fused", "decoding=speculative_lookup"],
         ["engine=fused", "decoding=speculative_self", "decoding.draft_quantizer=native_w8"],
         ["engine=fused", "decoding=speculative_draft", "decoding.draft=tiny_random"],
+        ["cache=static_int8", "decoding=speculative_self", "decoding.draft_quantizer=int8_wo"],
+        ["engine=fused", "cache=static_int4", "decoding=speculative_lookup"],
     ],
 )
 def test_a_run_says_what_was_accepted(run_lbi: Callable[..., Any], tmp_path: Path, knobs: list[str]) -> None:
@@ -584,6 +586,8 @@ def test_a_run_says_what_was_accepted(run_lbi: Callable[..., Any], tmp_path: Pat
         (row,) = csv.DictReader(file)
     effective = json.loads((Path(row["folder"]) / "effective.json").read_text())
     assert effective["lossless"]["verdict"] == "equal"
+    low_bit = "cache=static_int" in " ".join(knobs)
+    assert effective["lossless"]["against"] == ("greedy over the same cache" if low_bit else "generate()")
     assert float(row["acceptance_length"]) >= 1
     assert float(row["verify_s"]) > 0
     if "lookup" not in " ".join(knobs):

@@ -51,6 +51,10 @@ class Speculative(LaunchingEngine):
             speculator = Speculator(self.config.decoding, self.device, self._drafter, self.drafts)
             return speculator.generate(self, prompt, new_tokens, seed=seed, inspect=inspect, mark=self._mark)
 
+    def without_drafts(self, prompt: list[int], new_tokens: int) -> Generation:
+        """Greedy tokens one at a time, by the same model on the same buffers, and their logits."""
+        return super().generate(prompt, new_tokens, seed=0, inspect=True)
+
     def graphs(self) -> Graphs | None:
         """See `Engine.graphs`."""
         if self._graphed is None:
