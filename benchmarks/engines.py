@@ -93,7 +93,7 @@ def one_row(given: argparse.Namespace) -> dict[str, Any]:
         timings = [made.generate(prompt, given.new_tokens, seed=0).timing for _ in range(REPETITIONS)]
         peaks = roofline.measured_peaks(Path(folder), "peaks", config.engine.device, loaded.model.dtype)
     depth = len(prompt) + given.new_tokens / 2 if cached.get("reads") == "live" else cached["slots"]
-    size = roofline.bytes_per_token(loaded.model, layers, cached["bytes_per_slot"] * depth)
+    size = roofline.bytes_per_step(loaded.model, layers, cached["bytes_per_slot"] * depth)
     speed = median(1 / timing.tpot_s() for timing in timings)
     return {
         "tok_s": speed,

@@ -7,6 +7,7 @@ from typing import Any
 
 from lbi import environment
 from lbi.config import LbiConfig
+from lbi.engines import batch_problem
 from lbi.model_files import ModelFacts
 from lbi.quantizers.options import parts, parts_of_draft
 from lbi.rule_table import Machine, rule
@@ -181,6 +182,14 @@ def inductor_on_cpu_needs_compiler(config: LbiConfig, facts: ModelFacts, machine
     if config.compiler.backend == "inductor" and machine.device == "cpu" and not machine.has_compiler:
         return "inductor on a CPU needs a C++ compiler (g++ or clang++) on the PATH"
     return None
+
+
+@rule(
+    "lbi/engines: generate()'s clock and cache are looked at for one sequence, the fused kernels take one token, and "
+    "what is drafted or masked stands or falls for each sequence by itself"
+)
+def batch_has_room(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    return batch_problem(config)
 
 
 @rule("positions beyond the trained context are not defined for the model")

@@ -14,6 +14,9 @@ from lbi.collect import NO_FUSION, Row
 
 SPEED = "decode_tok_s"
 
+AGGREGATE = "decode_tok_s_aggregate"
+"""The speed of a whole batch. Cells are ranked by `SPEED`, and batches of different sizes have tables of their own."""
+
 KLD_FLOOR = 1e-6
 """Nats below which a mean KLD says nothing: the reference is stored in 16 bits."""
 
@@ -211,7 +214,7 @@ def _beside(row: Row) -> str:
 
 def _fastest(question: str, candidates: Sequence[Row], base: Row | None) -> Answer:
     best = candidates[0]
-    text = f"{best['name']}, {best[SPEED]:.1f} tok/s{_against(best, base)}"
+    text = f"{best['name']}, {speed_of(best)}{_against(best, base)}"
     tied = [row for row in candidates[1:] if is_tie(best, row)]
     if tied:
         names = ", ".join(row["name"] for row in tied[:4]) + (" and others" if len(tied) > 4 else "")
@@ -228,7 +231,7 @@ def _smallest(question: str, good: Sequence[Row], base: Row | None) -> Answer:
     best = min(sized, key=lambda row: (row["weight_bytes"], -row[SPEED]))
     text = f"{best['name']}, {best['weight_bytes'] / 1e6:.1f} MB of weights"
     if base is not None and best is not base and base["weight_bytes"]:
-        text += f", {best['weight_bytes'] / base['weight_bytes']:.2f}x the baseline's, at {best[SPEED]:.1f} tok/s"
+        text += f", {best['weight_bytes'] / base['weight_bytes']:.2f}x the baseline's, at {speed_of(best)}"
     text += _against(best, base)
     same = [row for row in sized if row is not best and row["weight_bytes"] == best["weight_bytes"]]
     if same:
@@ -236,6 +239,13 @@ def _smallest(question: str, good: Sequence[Row], base: Row | None) -> Answer:
             f" {len(same)} other {'cell is' if len(same) == 1 else 'cells are'} of the same size; this is the fastest."
         )
     return Answer(question, text, best)
+
+
+def speed_of(row: Row) -> str:
+    """Its speed with its unit; of a batch, whose speed that is."""
+    together = row[AGGREGATE]
+    speed = f"{row[SPEED]:.1f} tok/s"
+    return f"{speed} a sequence, {together:.1f} tok/s all together" if together else speed
 
 
 def _against(row: Row, base: Row | None) -> str:

@@ -299,7 +299,7 @@ def test_a_seed_draws_the_same_text_again_and_penalties_count_what_stood(config:
     assert engine.generate([1, 2, 3], 30, seed=1).tokens == one
     # The last verification may have gone on beyond the thirtieth token.
     own, seen = (engine._own, engine._own.seen) if kind == "loop" else (engine.llama.steps, engine._seen)
-    text = own.tokens[3 : int(own.position) + 1].tolist()
+    text = own.tokens.flatten()[3 : int(own.position) + 1].tolist()
     assert text[:30] == one
     assert seen[0].nonzero()[:, 0].tolist() == sorted({1, 2, 3, *text})
 

@@ -79,7 +79,7 @@ class FusedEngine(LaunchingEngine):
 
     def _text(self) -> torch.Tensor:
         text: torch.Tensor = self.llama.steps.tokens
-        return text
+        return text[None]
 
     def _run(self, count: int) -> list[torch.Tensor]:
         """`count` decode steps; see `Steps`."""

@@ -52,7 +52,7 @@ class SpeculativeLoop(Speculative, LoopEngine):
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Target.prefill`."""
-        self._buffers().tokens[: ids.shape[0]] = ids
+        self._buffers().text[: ids.shape[0]] = ids
         return self._prefill(ids)
 
     def last_token(self) -> int:
@@ -80,7 +80,7 @@ class SpeculativeLoop(Speculative, LoopEngine):
         buffers = self._buffers()
         buffers.draw()
         self.drafts.draw()
-        own = (buffers.token, buffers.position, buffers.tokens, buffers.noise, buffers.seen, buffers.cache)
+        own = (buffers.token, buffers.position, buffers.text, buffers.noise, buffers.seen, buffers.cache)
         return self._verify(*own, *self.drafts.first(count))
 
     def _make_drafter(self) -> Drafter:

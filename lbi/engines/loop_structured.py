@@ -31,7 +31,7 @@ class StructuredLoop(Structured, SpeculativeLoop):
         logits = last_logits(self._forward, ids[None], positions, buffers.cache, self._names)
         buffers.cache.empty = False
         allowed = self._first_allowed(logits)
-        buffers.tokens[:length] = ids
+        buffers.text[:length] = ids
         buffers.position.fill_(length - 1)
         buffers.draw()
         note_seen(buffers.seen, ids)
@@ -49,5 +49,5 @@ class StructuredLoop(Structured, SpeculativeLoop):
         buffers = self._buffers()
         buffers.draw()
         self.drafts.draw()
-        own = (buffers.token, buffers.position, buffers.tokens, buffers.noise, buffers.seen, buffers.cache)
+        own = (buffers.token, buffers.position, buffers.text, buffers.noise, buffers.seen, buffers.cache)
         self._settle(allowed, *own, *self.drafts.first(count))
