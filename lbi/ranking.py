@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lbi.collect import NO_FUSION, Row
+from lbi.config import AXES
 
 SPEED = "decode_tok_s"
 
@@ -210,6 +211,31 @@ def _beside(row: Row) -> str:
     read = row["bytes_per_token"]
     beside = "" if read is None else f" beside the {read / 1e6:.1f} MB it would have to read"
     return f"{row['unpacked_bytes_per_token'] / 1e6:.1f} MB of unpacked weights per token{beside}"
+
+
+def outrun(rows: Sequence[Row]) -> str:
+    """Which drafts cost more than they save, and why, in words; empty if none, or where there is no greedy cell."""
+    greedy = {_beside_decoding(row): row for row in rows if row["decoding"] == "greedy"}
+    parts = []
+    for row in rows:
+        plain = greedy.get(_beside_decoding(row))
+        if row["acceptance_length"] and plain is not None and row[SPEED] < plain[SPEED] and not is_tie(row, plain):
+            turn = (row["draft_s"] or 0.0) + (row["verify_s"] or 0.0)
+            parts.append(
+                f"{row['name']} gives {row['acceptance_length']:.2f} tokens in {turn * 1e3:.1f} ms "
+                f"({(row['draft_s'] or 0.0) * 1e3:.1f} ms to draft, {(row['verify_s'] or 0.0) * 1e3:.1f} to verify), "
+                f"the time of {turn * plain[SPEED]:.2f} greedy steps"
+            )
+    if not parts:
+        return ""
+    rest = f"; and so it is with {len(parts) - 4} other cells" if len(parts) > 4 else ""
+    return f"Slower than greedy on the same engine: {'; '.join(parts[:4])}{rest}."
+
+
+def _beside_decoding(row: Row) -> tuple[str, ...]:
+    """What a row has in common with another that differs in how it decodes alone."""
+    others = [part for part in row["overrides"].split() if not part.startswith(("decoding=", "decoding."))]
+    return (*(str(row[group]) for group in AXES if group != "decoding"), *others)
 
 
 def _fastest(question: str, candidates: Sequence[Row], base: Row | None) -> Answer:

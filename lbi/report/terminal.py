@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Grid
 
 from lbi.collect import Row
-from lbi.ranking import AGGREGATE, SPEED, Ranked, Table, disturbance, tables, unfused
+from lbi.ranking import AGGREGATE, SPEED, Ranked, Table, disturbance, outrun, tables, unfused
 from lbi.report.figures import small, with_noise
 from lbi.store import Store
 from lbi.sweep_folder import read_header
@@ -194,7 +194,7 @@ def _show_table(out: Console, table: Table, header: dict[str, Any]) -> None:
         if first["repetitions"]:
             out.print(_legend(first), style="dim")
         rows = [ranked.row for ranked in numbered]
-        for warning in (disturbance(rows), unfused(rows)):
+        for warning in (disturbance(rows), unfused(rows), outrun(rows)):
             if warning:
                 out.print(f"[yellow]{escape(warning)}[/]")
     others = [ranked.row for ranked in table.ranked if ranked.rank is None]
