@@ -55,7 +55,7 @@ class Arithmetic:
         """Largest noise of a gap, as a share of what the likeliest logit leads the mean of its row by.
 
         A layer adds a rounding or so to the stream, relative to what is there; all of one sign would be the number of
-        layers, and the head is one more. docs/log.md has what was measured: 1/3 to 1/13 of it.
+        layers, and the head is one more. docs/log.md has what was measured: 1/3 to 1/35 of it.
         """
         if not self.plain:
             return MOST_SHARE
