@@ -96,7 +96,7 @@ def one_row(given: argparse.Namespace) -> dict[str, Any]:
         timings = [made.generate(prompt, given.new_tokens, seed=0).timing for _ in range(REPETITIONS)]
         peaks = roofline.measured_peaks(Path(folder), "peaks", config.engine.device, loaded.model.dtype)
     depth = len(prompt) + given.new_tokens / 2 if cached.get("reads") == "live" else cached["slots"]
-    size = roofline.bytes_per_token(loaded.model, layers, cached["bytes_per_slot"] * depth)
+    size = roofline.bytes_per_step(loaded.model, layers, cached["bytes_per_slot"] * depth)
     speed = median(1 / timing.tpot_s() for timing in timings)
     prefill_s = median(timing.ttft_s() for timing in timings)
     flop = prefill_flop(roofline.flop_shape(loaded.model, layers), len(prompt))

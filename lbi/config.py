@@ -236,6 +236,11 @@ class WorkloadConfig:
         "cut or repeat the prompt to this many tokens; null: as it is", default=None, low=1
     )
     new_tokens: int = knob("tokens generated, EOS ignored", low=2)
+    batch: int = knob(
+        "sequences decoded at once, each from this same prompt, so that all are of one length and none is padded",
+        default=1,
+        low=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

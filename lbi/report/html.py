@@ -194,6 +194,7 @@ def _table_section(content: Content, index: int, table: Table, extent: Extent, f
         element("div", search, element("output"), class_="filter"),
         element("div", cell_table(table, content.facts, caption), id=f"cells-{index}"),
         sections.unpacking(table),
+        sections.drafting(table),
     ]
 
 

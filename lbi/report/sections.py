@@ -8,7 +8,7 @@ from typing import Any
 
 from lbi.collect import Row
 from lbi.metrics import METRICS, WITH_ERROR, WITH_INTERVAL
-from lbi.ranking import Answer, Table, disturbance, unfused
+from lbi.ranking import Answer, Table, disturbance, outrun, unfused
 from lbi.report.cell_table import COLUMNS, RATIO_DOC
 from lbi.report.figures import finite, moment
 from lbi.report.markup import Html, element, grid, joined, paragraph
@@ -57,6 +57,13 @@ def disturbed(table: Table) -> Html:
 def unpacking(table: Table) -> Html:
     """Which speeds are those of weights unpacked anew at every token."""
     text = unfused([ranked.row for ranked in table.ranked if ranked.rank is not None])
+    label, _, rest = text.partition(": ")
+    return paragraph(element("strong", f"{label}: "), rest, class_="note") if text else Html()
+
+
+def drafting(table: Table) -> Html:
+    """Which drafts cost more than they save."""
+    text = outrun([ranked.row for ranked in table.ranked if ranked.rank is not None])
     label, _, rest = text.partition(": ")
     return paragraph(element("strong", f"{label}: "), rest, class_="note") if text else Html()
 
