@@ -6,11 +6,15 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lbi.config import TrackerConfig
 from lbi.errors import InputError
 from lbi.store import Store
 from lbi.sweep_folder import find
+
+SYNC_S = 3600.0
+"""Default bound of a verb that talks to W&B: a thousand runs at the default pace, with room."""
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -44,9 +48,32 @@ def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument("--baseline", help="cell that ratios refer to, by a part of its name or its run id")
         parser.add_argument("--max-kld", type=float, help="bound on the mean KLD of an answer, in nats")
     if verb == "sync":
-        parser.add_argument("--project", default="lbi", help="W&B project")
-        parser.add_argument("--entity", help="W&B team or user")
+        _add_place(parser)
+        parser.add_argument("--files", choices=("none", "results", "all"), default="all", help="what is attached")
     return parser.parse_args(list(arguments))
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    """Where in W&B, and how long it may take."""
+    parser.add_argument("--project", default="lbi", help="W&B project")
+    parser.add_argument("--entity", help="W&B team or user; left out: the key's own")
+    parser.add_argument("--timeout-s", type=float, default=SYNC_S, help="bound on the whole, in seconds")
+    parser.add_argument("--runs-per-minute", type=float, default=60.0, help="pace after the first so many runs")
+
+
+def _tracker(given: argparse.Namespace, **changes: Any) -> TrackerConfig:
+    for name in ("timeout_s", "runs_per_minute"):
+        if not getattr(given, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')}", getattr(given, name), "is not above 0")
+    return TrackerConfig(
+        name="wandb",
+        kind="wandb",
+        project=given.project,
+        entity=given.entity,
+        timeout_s=given.timeout_s,
+        runs_per_minute=given.runs_per_minute,
+        **changes,
+    )
 
 
 def _status(store: Store, sweep: str, given: argparse.Namespace) -> int:
@@ -91,8 +118,7 @@ def _collect(store: Store, sweep: str, given: argparse.Namespace) -> int:
 def _sync(store: Store, sweep: str, given: argparse.Namespace) -> int:
     from lbi.trackers import track
 
-    config = TrackerConfig(name="wandb", kind="wandb", project=given.project, entity=given.entity)
-    print(track(store, sweep, config))
+    print(track(store, sweep, _tracker(given, files=given.files)))
     return 0
 
 

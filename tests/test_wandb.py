@@ -6,7 +6,9 @@ server or a network does holds up the driver or leaves a process behind.
 
 from __future__ import annotations
 
+import gzip
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,16 +18,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from fakes.wandb_server import KEY, FakeWandb
+from fakes.wandb_server import KEY, FakeRun, FakeWandb
 
 from lbi.config import TrackerConfig
-from lbi.files import write_json, write_json_lines
+from lbi.files import write_bytes, write_json, write_json_lines, write_text
 from lbi.store import Store
 from lbi.trackers import track
 from lbi.trackers import wandb as tracker
 from lbi.trackers.wandb_access import Access, key_sources, may_be_online_now, unreachable
+from lbi.trackers.wandb_files import VIEWED
 from lbi.trackers.wandb_runs import MAX_TAG, Ledger, of_sweep
+from lbi.trackers.wandb_sweep_run import sweep_run_id
+from lbi.trackers.wandb_writer import Pace
 
 ENV_ID = "e" * 12
 
@@ -76,7 +83,13 @@ def put_result(
     outcome = {"run_id": run_id, "env_id": ENV_ID, "status": status, "reason": reason, "attempt": attempt}
     outcome |= {"schema": 1, "host": "node7", "finished": 1.8e9, "seconds": 2.5}
     write_json(folder / "outcome.json", outcome)
+    write_text(folder / "log.txt", "[12:00:00] load\n")
+    write_text(folder / "heartbeat", "")
     if status == "ok":
+        samples = [{"repetition": 0, "void": "", "idle_cpu": None, "token": i, "seconds": 0.125 * i} for i in range(3)]
+        pq.write_table(pa.Table.from_pylist(samples), folder / "samples.parquet")
+        text = {"prompt_tokens": 4, "tokens": [5, 6, 7], "text": "once upon a time"}
+        write_json(folder / "text.json", {"schema": 1, **text})
         metrics = {"decode_tok_s": speed, "mean_kld": 0.015625, "compile_s": None, "repetitions": 5.0}
         write_json(folder / "metrics.json", {"schema": 1, "metrics": metrics, "missing": {"compile_s": "not compiled"}})
     write_json(folder.parent / "status.json", outcome)
@@ -163,17 +176,27 @@ def test_online_says_what_the_store_says(server: FakeWandb, store: Store, home: 
     measured, failed = server.runs[f"{'a' * 12}-{ENV_ID}"], server.runs[f"{'b' * 12}-{ENV_ID}"]
     pruned = {run.summary["reason"]: run for name, run in server.runs.items() if name.startswith("pruned-")}
     assert set(pruned) == {"hqq4 needs a group size", "there is no such knob"}
+    whole = server.runs.pop(sweep_run_id("survey"))
     assert len(server.runs) == 4, "duplicates and cells without a result are no runs"
     for run in server.runs.values():
         assert (run.fields["groupName"], run.fields["jobType"], run.complete) == ("survey", "bench", True)
         assert "sweep:survey" in run.fields["tags"]
+    assert (whole.fields["groupName"], whole.fields["jobType"], whole.complete) == ("survey", "report", True)
 
     expected = {"decode_tok_s": 123.5, "mean_kld": 0.015625, "repetitions": 5, "status": "ok", "attempt": 1}
     said = {key: value for key, value in measured.summary.items() if not key.startswith("_")}
-    assert said == {**expected, "host": "node7"}, "no metric that is None"
+    samples, generated = server.table(measured.id, "samples"), server.table(measured.id, "generated")
+    assert {said.pop(name)["_type"] for name in ("samples", "generated")} == {"table-file"}
+    assert said == {**expected, "host": "node7", "mean_kld_plotted": 0.015625}, "no metric that is None"
+    assert samples["columns"] == ["repetition", "void", "token", "seconds"]
+    assert samples["data"] == [[0, "", 0, 0.0], [0, "", 1, 0.125], [0, "", 2, 0.25]]
+    assert generated["data"] == [[4, 3, "once upon a time"]]
     assert [point["decode_tok_s"] for point in measured.history] == [123.5]
     assert measured.fields["displayName"] == "int4_wo eager 0"
-    assert set(measured.fields["tags"]) == {"tiny", "int4_wo", "hf", "greedy", "static", "ok", "sweep:survey"}
+    assert set(measured.fields["tags"]) == {"tiny", "int4_wo", "hf", "greedy", "static", "ok"} | {
+        "sweep:survey",
+        "Some CPU",
+    }
     wanted = {"sweep": "survey", "quantizer": "int4_wo", "quantizer_bits": 4, "quantizer_skip": "lm_head embed"}
     wanted |= {"model": "tiny", "model_arch_hidden_size": 64, "device": "Some CPU", "run_id": "a" * 12}
     assert wanted.items() <= measured.config.items()
@@ -190,6 +213,7 @@ def test_online_says_what_the_store_says(server: FakeWandb, store: Store, home: 
     assert files(home) == {}, "nothing is left in the home folder"
     for secret in (KEY, str(tmp_path), str(Path.cwd()), os.path.expanduser("~")):
         assert secret.encode() not in sent
+        assert not any(secret.encode() in file.read_bytes() for file in store.root.rglob("wandb.json"))
 
 
 def test_nothing_new_costs_nothing(server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,13 +226,16 @@ def test_nothing_new_costs_nothing(server: FakeWandb, store: Store, monkeypatch:
         assert track(store, "survey", config()) == first
         assert time.perf_counter() - started < 0.5
     assert (files(store.root), server.connections) == (before, connections)
+    versions = server.versions
 
     put_result(store, "d" * 12, "ok")
     server.bodies.clear()
     assert "5 runs online" in track(store, "survey", config())
-    said = b"".join(server.bodies)
-    assert b"d" * 12 in said
-    assert b"a" * 12 not in said, "what was written is not written again"
+    begun = [body for body in server.bodies if b"mutation UpsertBucket" in body]
+    assert any(b"d" * 12 in body for body in begun)
+    assert not any(b"a" * 12 in body for body in begun), "what was written is not written again"
+    again = {name for name, number in server.versions.items() if number > versions.get(name, 0)}
+    assert {name.split("-")[0] for name in again if "d" * 12 not in name} <= {"report", "run"}
 
 
 def test_offline_without_a_key(server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,23 +257,28 @@ def test_offline_without_a_key(server: FakeWandb, store: Store, monkeypatch: pyt
     # A key appears: the same runs go online, and their offline folders, uploaded beside them, would say it twice.
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert "4 runs online" in track(store, "survey", config())
-    assert set(server.runs) == {run.id for run in of_sweep(store, "survey")}
+    assert set(server.runs) == {run.id for run in of_sweep(store, "survey")} | {sweep_run_id("survey")}
     assert offline_folders(store) == []
+    assert len(server.artifacts("result")) == 2, "nothing was lost offline"
 
 
-def test_what_was_uploaded_by_hand_is_left_alone(
+def test_what_was_uploaded_by_hand_gets_its_files(
     server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_sweep(store)
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert "2 runs offline" in track(store, "survey", config(mode="online"))
     assert server.connections == 0
-    synced, other = offline_folders(store)
-    # The mark that `wandb sync` leaves.
-    (synced / f"{next(synced.glob('*.wandb')).name}.synced").touch()
     monkeypatch.delenv("WANDB_MODE")
+    folders = [str(folder) for folder in offline_folders(store)]
+    subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], check=True, capture_output=True, timeout=60)
+    assert len(server.runs) == 2
+    assert server.artifacts("result") == {}
     assert "2 runs online" in track(store, "survey", config())
-    assert [run_id for run_id in server.runs if run_id in other.name] == list(server.runs)
+    assert len(server.artifacts("result")) == 2
+    for run in of_sweep(store, "survey"):
+        assert [point["decode_tok_s"] for point in server.runs[run.id].history] == [100], "its point is not said twice"
+    assert offline_folders(store) == []
 
 
 def test_no_server_means_offline(home: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +340,7 @@ def test_a_hanging_server_is_bounded_and_leaves_no_process(server: FakeWandb, st
     written = server.operations["UpsertBucket"]
     assert "3 runs online" in track(store, "survey", config())
     assert server.runs[last].complete
-    assert server.operations["UpsertBucket"] - written <= 3, "only the one that was missing is written"
+    assert server.operations["UpsertBucket"] - written <= 5, "only the one that was missing, and the sweep's own"
     assert processes_of(home) == {}
 
 
@@ -326,7 +358,7 @@ def test_a_helper_in_its_own_session_is_ended(home: Path, tmp_path: Path, monkey
 def test_a_run_lives_on_in_other_sweeps_and_attempts(server: FakeWandb, store: Store) -> None:
     put_sweep(store, "first", results=1)
     track(store, "first", config())
-    (run,) = server.runs.values()
+    run = server.runs[f"{'0' * 12}-{ENV_ID}"]
 
     put_plan(store, "second", cell(7, "0" * 12))
     (again,) = of_sweep(store, "second")
@@ -343,7 +375,8 @@ def test_a_run_lives_on_in_other_sweeps_and_attempts(server: FakeWandb, store: S
     track(store, "first", config())
     assert (run.summary["status"], run.summary["decode_tok_s"], "reason" in run.summary) == ("ok", 77, False)
     assert [point["decode_tok_s"] for point in run.history] == [100, 77], "an attempt with numbers is a point"
-    assert list(server.runs.values()) == [run]
+    assert [found for found in server.runs.values() if found.fields["jobType"] == "bench"] == [run]
+    assert server.versions[f"result-{run.id}"] == 3
 
 
 def test_disabled_by_the_environment(server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,3 +446,112 @@ def test_a_proxy_is_the_first_hop(home: Path, monkeypatch: pytest.MonkeyPatch) -
     for url in ("https://wandb.example", "https://inside.example", "http://wandb.example:81", "https://127.0.0.1:9"):
         assert unreachable(url) is None
     assert asked == [("proxy.example", 3128), ("inside.example", 443), ("wandb.example", 81), ("127.0.0.1", 9)]
+
+
+def test_artifacts_hold_the_files_of_the_store(server: FakeWandb, store: Store, tmp_path: Path) -> None:
+    put_sweep(store)
+    (first, second) = of_sweep(store, "survey")
+    assert first.folder is not None
+    trace = b'{"traceEvents": []}'
+    write_bytes(first.folder / "trace" / "trace.json.gz", gzip.compress(trace))
+    write_bytes(first.folder / "trace" / "memory.pickle", b"x" * 2_000)
+    write_bytes(first.folder / "trace" / "huge.bin", b"x" * 60_000)
+    write_text(store.sweep_folder("survey") / "report.html", "<p>the report</p>")
+    assert "2 runs online" in track(store, "survey", config(max_file_mb=0.05))
+    assert server.unknown == []
+    assert server.uncommitted == []
+
+    results = server.artifacts("result")
+    assert set(results) == {f"result-{first.id}", f"result-{second.id}"}
+    kept = results[f"result-{first.id}"].files
+    assert set(kept) == {"config.json", "outcome.json", "metrics.json", "samples.parquet", "text.json", "log.txt"}
+    assert all(content == (first.folder / name).read_bytes() for name, content in kept.items())
+
+    (traced,) = server.artifacts("profile").values()
+    assert set(traced.files) == {"trace/trace.json.gz", "trace/memory.pickle", f"trace/trace{VIEWED}"}
+    assert traced.files[f"trace/trace{VIEWED}"] == trace
+    link = f"{server.url}/team/lbi/artifacts/profile/trace-{first.id}/v0/files/trace/trace{VIEWED}"
+    said = server.runs[first.id].summary
+    assert (said["trace"], said["not_attached"]) == (link, "larger than 0.05 MB: trace/huge.bin")
+
+    whole = server.runs[sweep_run_id("survey")]
+    assert whole.summary["report"]["_type"] == "html-file"
+    assert b"<p>the report</p>" in whole.files[whole.summary["report"]["path"]]
+    assert (whole.summary["cells"], whole.summary["cells_ok"]) == (2, 2)
+    assert "Fastest" in whole.summary["answers"]
+    results_table = server.table(whole.id, "results")
+    rows = [dict(zip(results_table["columns"], row, strict=True)) for row in results_table["data"]]
+    assert [row["run"] for row in rows] == [f"{server.url}/team/lbi/runs/{run.id}" for run in (first, second)]
+    assert [row["trace"] for row in rows] == [link, ""]
+    assert [row["decode_tok_s"] for row in rows] == [100.0, 100.0]
+    assert rows[0]["is_baseline"] is True
+    (sweep,) = server.artifacts("sweep").values()
+    assert set(sweep.files) == {"plan.jsonl", "report.html", "results.csv", "results.parquet", "results.json"}
+
+
+def test_fewer_files_on_request(server: FakeWandb, store: Store) -> None:
+    put_sweep(store, results=1)
+    (run,) = of_sweep(store, "survey")
+    assert run.folder is not None
+    write_bytes(run.folder / "trace" / "trace.json.gz", gzip.compress(b"{}"))
+    track(store, "survey", config(files="results"))
+    assert len(server.artifacts("result")) == 1
+    assert server.artifacts("profile") == {}
+    track(store, "survey", config())
+    assert len(server.artifacts("profile")) == 1
+    connections = server.connections
+    track(store, "survey", config(files="none"))
+    assert server.connections == connections, "what is attached stays attached"
+
+
+def test_offline_then_moved_then_synced_loses_nothing(
+    server: FakeWandb, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_sweep(store)
+    (run, _) = of_sweep(store, "survey")
+    assert run.folder is not None
+    write_bytes(run.folder / "trace" / "trace.json.gz", gzip.compress(b"{}"))
+    track(store, "survey", config(mode="offline"))
+    assert len(offline_folders(store)) == 2
+    elsewhere = tmp_path / "elsewhere" / "store"
+    elsewhere.parent.mkdir()
+    store.root.rename(elsewhere)
+    moved = Store.open(elsewhere, write=True)
+    assert "2 runs online" in track(moved, "survey", config())
+    assert (len(server.artifacts("result")), len(server.artifacts("profile"))) == (2, 1)
+    assert (server.uncommitted, server.unknown, offline_folders(moved)) == ([], [], [])
+
+
+def test_two_machines_say_it_once(server: FakeWandb, store: Store, tmp_path: Path) -> None:
+    put_sweep(store)
+    copy = tmp_path / "copy"
+    shutil.copytree(store.root, copy)
+    track(store, "survey", config())
+    first = {name: (run.config, said(run), run.history) for name, run in server.runs.items()}
+    versions = server.versions
+    track(Store.open(copy, write=True), "survey", config())
+    assert {name: (run.config, said(run), run.history) for name, run in server.runs.items()} == first
+    assert server.versions == versions
+
+
+def test_no_key_lies_in_the_store(server: FakeWandb, store: Store) -> None:
+    put_sweep(store)
+    track(store, "survey", config(mode="offline"))
+    track(store, "survey", config())
+    found = [file for file in store.root.rglob("*") if file.is_file()]
+    assert len(found) > 10
+    assert [file for file in found if KEY.encode() in file.read_bytes()] == []
+
+
+def test_the_pace() -> None:
+    pace = Pace(per_minute=3.0)
+    assert [pace.wait_s(10.0) for _ in range(3)] == [0, 0, 0]
+    assert pace.wait_s(10.0) == pytest.approx(20)
+    assert pace.wait_s(30.0) == pytest.approx(20), "the one before was written at 30"
+    assert pace.wait_s(1000.0) == 0
+
+
+def said(run: FakeRun) -> dict[str, Any]:
+    """A run's summary without what the client adds, and without the names that it invents for table files."""
+    plain = {key: value for key, value in run.summary.items() if not key.startswith("_")}
+    return {key: value["sha256"] if isinstance(value, dict) else value for key, value in plain.items()}

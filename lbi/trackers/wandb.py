@@ -23,6 +23,7 @@ from lbi.files import BadFile, read_json, write_json, write_text
 from lbi.store import SCHEMA, Store
 from lbi.trackers.wandb_access import may_be_online_now, wished_mode
 from lbi.trackers.wandb_runs import Ledger, Run, of_sweep
+from lbi.trackers.wandb_sweep_run import SweepRun, sweep_run
 from lbi.typed import plain
 
 MARK = "LBI_WANDB_WRITER"
@@ -54,9 +55,9 @@ def track_in_process(store: Store, sweep: str, config: TrackerConfig) -> str:
     if wish == "disabled":
         return f"W&B: off ({who})"
     try:
-        runs = of_sweep(store, sweep)
+        runs, ledger = of_sweep(store, sweep), Ledger(store, sweep, config)
         problem = ""
-        if _is_pending(runs, Ledger(store, sweep, config), wish):
+        if _is_pending(runs, ledger, wish) or _is_untold(sweep_run(store, sweep, ledger), ledger, wish):
             problem = _write(store, sweep, config, started)
         return _line(store, sweep, config, runs, problem)
     except Exception as error:
@@ -70,6 +71,12 @@ def _is_pending(runs: Sequence[Run], ledger: Ledger, wish: str) -> bool:
     if "" in states:
         return True
     return "offline" in states and (wish == "online" or (wish == "auto" and may_be_online_now(ledger.last)))
+
+
+def _is_untold(whole: SweepRun | None, ledger: Ledger, wish: str) -> bool:
+    """Whether the run about the sweep is to be written; that is online or not at all."""
+    online = wish == "online" or (wish == "auto" and may_be_online_now(ledger.last))
+    return whole is not None and online and ledger.state(whole) == ""
 
 
 def _write(store: Store, sweep: str, config: TrackerConfig, started: float) -> str:
@@ -87,6 +94,7 @@ def _write_once(store: Store, sweep: str, config: TrackerConfig, started: float,
         scratch = Path(name)
         left = config.timeout_s - (time.monotonic() - started)
         request = {"schema": SCHEMA, "config": plain(config), "deadline": time.time() + left, "refused": refused}
+        request["whole"] = True
         write_json(scratch / "request.json", request)
         try:
             code = _run_writer([str(store.root), sweep, name], scratch, left)
