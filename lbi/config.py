@@ -285,6 +285,12 @@ class TrackerConfig:
         default=120.0,
         above=0.0,
     )
+    inline_s: float | None = knob(
+        "new results go online every so many seconds while the sweep runs, unless it measures on this CPU; "
+        "null: at its end",
+        default=60.0,
+        above=0.0,
+    )
     files: Literal["none", "results", "all"] = knob(
         "what is attached: results: each result's files; all: traces and memory snapshots too", default="all"
     )

@@ -14,17 +14,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from fakes.wandb_server import KEY, FakeRun, FakeWandb
+from fakes.wandb_server import KEY, FakeWandb
+from wandb_cases import (
+    ENV_ID,
+    cell,
+    config,
+    files,
+    offline_folders,
+    processes_of,
+    put_plan,
+    put_result,
+    put_sweep,
+    said,
+)
 
-from lbi.config import TrackerConfig
-from lbi.files import write_bytes, write_json, write_json_lines, write_text
+from lbi.files import write_bytes, write_text
 from lbi.store import Store
 from lbi.trackers import track
 from lbi.trackers import wandb as tracker
@@ -34,93 +42,6 @@ from lbi.trackers.wandb_runs import MAX_TAG, Ledger, of_sweep
 from lbi.trackers.wandb_sweep_run import sweep_run_id
 from lbi.trackers.wandb_writer import Pace
 
-ENV_ID = "e" * 12
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder without W&B settings, and an environment without W&B's or a proxy's variables."""
-    for name in list(os.environ):
-        if name.startswith("WANDB_") or name.lower().endswith("_proxy") or name == "NETRC":
-            monkeypatch.delenv(name)
-    folder = tmp_path / "home"
-    folder.mkdir()
-    monkeypatch.setenv("HOME", str(folder))
-    # The driver's process must do without wandb; the writer is another process.
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    return folder
-
-
-@pytest.fixture
-def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
-    """A server that the environment points to, and a key for it."""
-    with FakeWandb() as fake:
-        monkeypatch.setenv("WANDB_BASE_URL", fake.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        yield fake
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.open(tmp_path / "store", write=True)
-
-
-def config(**changes: Any) -> TrackerConfig:
-    return TrackerConfig(**{"name": "wandb", "kind": "wandb", "timeout_s": 60.0, **changes})
-
-
-def put_result(
-    store: Store, run_id: str, status: str, reason: str = "", attempt: int = 1, speed: float = 100.0
-) -> None:
-    """A result as lbi.store and lbi.run lay it out."""
-    folder = store.run_folder(run_id, ENV_ID) / f"attempt-{attempt}"
-    sections = {
-        "model": {"name": "tiny", "source": "random", "path": None, "note": "for tests", "arch": {"hidden_size": 64}},
-        "quantizer": {"name": "int4_wo", "bits": 4, "skip": ["lm_head", "embed"]},
-        "store": {"path": str(store.root)},
-    }
-    write_json(folder / "config.json", {"schema": 1, "config": sections, "device_name": "Some CPU"})
-    outcome = {"run_id": run_id, "env_id": ENV_ID, "status": status, "reason": reason, "attempt": attempt}
-    outcome |= {"schema": 1, "host": "node7", "finished": 1.8e9, "seconds": 2.5}
-    write_json(folder / "outcome.json", outcome)
-    write_text(folder / "log.txt", "[12:00:00] load\n")
-    write_text(folder / "heartbeat", "")
-    if status == "ok":
-        samples = [{"repetition": 0, "void": "", "idle_cpu": None, "token": i, "seconds": 0.125 * i} for i in range(3)]
-        pq.write_table(pa.Table.from_pylist(samples), folder / "samples.parquet")
-        text = {"prompt_tokens": 4, "tokens": [5, 6, 7], "text": "once upon a time"}
-        write_json(folder / "text.json", {"schema": 1, **text})
-        metrics = {"decode_tok_s": speed, "mean_kld": 0.015625, "compile_s": None, "repetitions": 5.0}
-        write_json(folder / "metrics.json", {"schema": 1, "metrics": metrics, "missing": {"compile_s": "not compiled"}})
-    write_json(folder.parent / "status.json", outcome)
-
-
-def cell(index: int, run_id: str, verdict: str = "RUN", quantizer: str = "int4_wo", reason: str = "") -> dict[str, Any]:
-    choices = {"model": "tiny", "engine": "hf", "quantizer": quantizer, "compiler": "eager", "decoding": "greedy"}
-    return {
-        "index": index,
-        "name": f"{quantizer} eager {index}",
-        "overrides": [f"quantizer={quantizer}"],
-        "choices": choices | {"cache": "static", "workload": "chat"},
-        "run_id": run_id,
-        "env_id": ENV_ID if run_id else "",
-        "verdict": verdict,
-        "reason": reason,
-        "rule": "some_rule" if verdict == "PRUNED" else "",
-    }
-
-
-def put_plan(store: Store, sweep: str, *cells: dict[str, Any]) -> None:
-    write_json_lines(store.sweep_folder(sweep) / "plan.jsonl", [{"schema": 1, "sweep": sweep}, *cells])
-
-
-def put_sweep(store: Store, sweep: str = "survey", results: int = 2) -> None:
-    """A sweep of so many measured cells."""
-    ids = [f"{i:012x}" for i in range(results)]
-    for run_id in ids:
-        put_result(store, run_id, "ok")
-    put_plan(store, sweep, *(cell(i, run_id) for i, run_id in enumerate(ids)))
-
 
 def forbid_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -129,27 +50,10 @@ def forbid_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", refuse)
 
 
-def files(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if not path.is_symlink()}
-
-
-def processes_of(home: Path) -> dict[int, str]:
-    """Command lines of the writer and its helpers: they alone have this test's home folder and the mark."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            variables = (entry / "environ").read_bytes().split(b"\0")
-            if f"HOME={home}".encode() in variables and any(
-                item.startswith(tracker.MARK.encode()) for item in variables
-            ):
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except (OSError, ValueError):
-            continue
-    return found
-
-
-def offline_folders(store: Store) -> list[Path]:
-    return sorted((store.root / "wandb").glob("offline-run-*"))
+def assert_no_key(store: Store) -> None:
+    found = [file for file in store.root.rglob("*") if file.is_file()]
+    assert len(found) > 10
+    assert [file for file in found if KEY.encode() in file.read_bytes()] == []
 
 
 def put_every_kind(store: Store) -> None:
@@ -260,8 +164,10 @@ def test_offline_without_a_key(server: FakeWandb, store: Store, monkeypatch: pyt
     assert set(server.runs) == {run.id for run in of_sweep(store, "survey")} | {sweep_run_id("survey")}
     assert offline_folders(store) == []
     assert len(server.artifacts("result")) == 2, "nothing was lost offline"
+    assert_no_key(store)
 
 
+@pytest.mark.slow
 def test_what_was_uploaded_by_hand_gets_its_files(
     server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -489,6 +395,7 @@ def test_artifacts_hold_the_files_of_the_store(server: FakeWandb, store: Store, 
     assert set(sweep.files) == {"plan.jsonl", "report.html", "results.csv", "results.parquet", "results.json"}
 
 
+@pytest.mark.slow
 def test_fewer_files_on_request(server: FakeWandb, store: Store) -> None:
     put_sweep(store, results=1)
     (run,) = of_sweep(store, "survey")
@@ -513,6 +420,7 @@ def test_offline_then_moved_then_synced_loses_nothing(
     write_bytes(run.folder / "trace" / "trace.json.gz", gzip.compress(b"{}"))
     track(store, "survey", config(mode="offline"))
     assert len(offline_folders(store)) == 2
+    assert_no_key(store)
     elsewhere = tmp_path / "elsewhere" / "store"
     elsewhere.parent.mkdir()
     store.root.rename(elsewhere)
@@ -534,24 +442,9 @@ def test_two_machines_say_it_once(server: FakeWandb, store: Store, tmp_path: Pat
     assert server.versions == versions
 
 
-def test_no_key_lies_in_the_store(server: FakeWandb, store: Store) -> None:
-    put_sweep(store)
-    track(store, "survey", config(mode="offline"))
-    track(store, "survey", config())
-    found = [file for file in store.root.rglob("*") if file.is_file()]
-    assert len(found) > 10
-    assert [file for file in found if KEY.encode() in file.read_bytes()] == []
-
-
 def test_the_pace() -> None:
     pace = Pace(per_minute=3.0)
     assert [pace.wait_s(10.0) for _ in range(3)] == [0, 0, 0]
     assert pace.wait_s(10.0) == pytest.approx(20)
     assert pace.wait_s(30.0) == pytest.approx(20), "the one before was written at 30"
     assert pace.wait_s(1000.0) == 0
-
-
-def said(run: FakeRun) -> dict[str, Any]:
-    """A run's summary without what the client adds, and without the names that it invents for table files."""
-    plain = {key: value for key, value in run.summary.items() if not key.startswith("_")}
-    return {key: value["sha256"] if isinstance(value, dict) else value for key, value in plain.items()}

@@ -14,8 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lbi.config import TrackerConfig
@@ -30,6 +32,9 @@ MARK = "LBI_WANDB_WRITER"
 """Environment variable by which a writer's helpers are known: wandb puts them in a session of their own."""
 
 KILL_S = 5.0
+
+STOP_S = 0.1
+"""How long a sweep that ends may wait for a writer beside it to be noticed."""
 
 ABOUT_ONE_RUN = (
     "WANDB_CONFIG_PATHS",
@@ -65,6 +70,29 @@ def track_in_process(store: Store, sweep: str, config: TrackerConfig) -> str:
         return f"W&B: not everything was written ({type(error).__name__}: {error})"
 
 
+def write_meanwhile(store: Store, sweep: str, config: TrackerConfig, stop: threading.Event) -> bool:
+    """Have new results written online while others are still measured; whether that went well.
+
+    Ends, with its writer, soon after `stop` is set.
+    """
+    wish, _ = wished_mode(config.mode)
+    if wish not in ("auto", "online"):
+        return True
+    try:
+        ledger = Ledger(store, sweep, config)
+        if all(ledger.state(run) == "online" for run in of_sweep(store, sweep)):
+            return True
+        if not may_be_online_now(ledger.last):
+            return False
+        # What cannot be written online is left to the end: no offline runs from the middle of a sweep.
+        now = time.monotonic()
+        problem, _ = _write_once(store, sweep, replace(config, mode="online"), now, "", meanwhile=stop)
+        return not problem
+    except Exception:
+        # Reported at the end, when it is tried again.
+        return False
+
+
 def _is_pending(runs: Sequence[Run], ledger: Ledger, wish: str) -> bool:
     """Whether a writer would find something to do."""
     states = {ledger.state(run) for run in runs}
@@ -88,16 +116,26 @@ def _write(store: Store, sweep: str, config: TrackerConfig, started: float) -> s
     return problem
 
 
-def _write_once(store: Store, sweep: str, config: TrackerConfig, started: float, refused: str) -> tuple[str, bool]:
-    """A writer's problem, and whether the server refused; with `refused`, why, it writes offline."""
+def _write_once(
+    store: Store,
+    sweep: str,
+    config: TrackerConfig,
+    started: float,
+    refused: str,
+    meanwhile: threading.Event | None = None,
+) -> tuple[str, bool]:
+    """A writer's problem, and whether the server refused; with `refused`, why, it writes offline.
+
+    With `meanwhile` the sweep is not over: the writer stands back, and is ended when that is set.
+    """
     with tempfile.TemporaryDirectory(prefix="lbi-wandb-", ignore_cleanup_errors=True) as name:
         scratch = Path(name)
         left = config.timeout_s - (time.monotonic() - started)
         request = {"schema": SCHEMA, "config": plain(config), "deadline": time.time() + left, "refused": refused}
-        request["whole"] = True
+        request["meanwhile"] = meanwhile is not None
         write_json(scratch / "request.json", request)
         try:
-            code = _run_writer([str(store.root), sweep, name], scratch, left)
+            code = _run_writer([str(store.root), sweep, name], scratch, left, meanwhile)
         except KeyboardInterrupt:
             return "stopped by Ctrl-C", False
         if code is None:
@@ -114,8 +152,10 @@ def _write_once(store: Store, sweep: str, config: TrackerConfig, started: float,
         return str(said["problem"]), bool(said["refused"])
 
 
-def _run_writer(arguments: Sequence[str], scratch: Path, seconds: float) -> int | None:
-    """Exit code of a writer, None if its time was up. Nothing that it started is alive afterwards."""
+def _run_writer(
+    arguments: Sequence[str], scratch: Path, seconds: float, stop: threading.Event | None = None
+) -> int | None:
+    """Exit code of a writer, None if its time was up, or `stop` was set. Nothing it started is alive afterwards."""
     mark = secrets.token_hex(8)
     with (scratch / "log.txt").open("w") as log:
         process = subprocess.Popen(
@@ -126,9 +166,13 @@ def _run_writer(arguments: Sequence[str], scratch: Path, seconds: float) -> int 
             env=_environment(mark, scratch),
             start_new_session=True,
         )
+    end = time.monotonic() + seconds
     try:
-        return process.wait(timeout=max(0.0, seconds))
-    except subprocess.TimeoutExpired:
+        while not (stop and stop.is_set()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=max(0.0, min(end - time.monotonic(), STOP_S if stop else seconds)))
+            if time.monotonic() >= end:
+                break
         return None
     finally:
         _kill(process.pid)

@@ -273,11 +273,14 @@ def main(arguments: Sequence[str]) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
+    if request["meanwhile"]:
+        # Its helper inherits it. Somebody is measuring beside it.
+        os.nice(19)
     config = build(TrackerConfig, request["config"])
     access = find_access(config.mode)
     if request["refused"]:
         access = replace(access, mode="offline", kind="refused", reason=request["refused"])
-    writer = Writer(store, sweep, config, Path(folder), float(request["deadline"]), access, bool(request["whole"]))
+    writer = Writer(store, sweep, config, Path(folder), float(request["deadline"]), access, not request["meanwhile"])
     try:
         _say(Path(folder), writer.write(), refused=False)
     except Refused as refusal:

@@ -6,7 +6,7 @@
 
 It answers what `wandb.init`, `log`, `log_artifact` and `finish` of wandb 0.31 ask (operations found by running
 that client against it) and keeps what it is told. An operation it does not know lands in `unknown`,
-which a test should find empty. `fail` answers with errors; `hanging` accepts and never answers.
+which a test should find empty. `fail` answers with errors; `hanging` accepts and never answers; `down` refuses.
 """
 
 from __future__ import annotations
@@ -84,21 +84,38 @@ class FakeWandb(Artifacts):
         self._failures: list[list[Any]] = []
         self._lock = threading.RLock()
         self._hangs_on: bytes | None = None
+        self._down = False
         self._http = _Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def __enter__(self) -> FakeWandb:
+        self._down = False
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._hangs_on = None
+        self._down = True
         self._http.shutdown()
         self._http.server_close()
+
+    @contextmanager
+    def down(self) -> Iterator[None]:
+        """Refuse connections, and drop those there are, until the block ends; what was told is kept."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self._http = _Server(("127.0.0.1", int(self.url.rpartition(":")[2])), _handler(self))
+            self.__enter__()
 
     def fail(self, operation: str, status: int, times: int) -> None:
         """Answer the next `times` requests of an operation (or "PUT /artifacts") with an HTTP error."""
         self._failures.append([operation, status, times])
+
+    def forgive(self) -> None:
+        """No more errors from `fail`."""
+        self._failures.clear()
 
     @contextmanager
     def hanging(self, about: str = "") -> Iterator[None]:
@@ -118,6 +135,8 @@ class FakeWandb(Artifacts):
         """Status and body for one request."""
         while (about := self._hangs_on) is not None and about in path.encode() + body:
             time.sleep(0.05)
+        if self._down:
+            raise ConnectionAbortedError
         path = unquote(urlparse(path).path)
         query: Json = json.loads(body) if path == "/graphql" else {}
         named = re.search(r"\b(?:query|mutation)\s+(\w+)", query.get("query", ""))
