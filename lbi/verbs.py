@@ -24,10 +24,11 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
         return examine()
     given = _parse(verb, arguments)
-    if not Path(given.store).is_dir():
+    from_wandb = verb == "collect" and given.from_wandb
+    if not Path(given.store).is_dir() and not from_wandb:
         raise InputError("store", given.store, "there is no such store", "Name it with --store or LBI_STORE")
     store = Store.open(given.store, write=verb not in ("status", "logs"))
-    sweep = find(store, given.sweep)
+    sweep = _fetched(store, given) if from_wandb else find(store, given.sweep)
     return VERBS[verb](store, sweep, given)
 
 
@@ -47,6 +48,9 @@ def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
     if verb == "report":
         parser.add_argument("--baseline", help="cell that ratios refer to, by a part of its name or its run id")
         parser.add_argument("--max-kld", type=float, help="bound on the mean KLD of an answer, in nats")
+    if verb == "collect":
+        parser.add_argument("--from-wandb", action="store_true", help="fetch what this store lacks from W&B first")
+        _add_place(parser)
     if verb == "sync":
         _add_place(parser)
         parser.add_argument("--files", choices=("none", "results", "all"), default="all", help="what is attached")
@@ -113,6 +117,16 @@ def _collect(store: Store, sweep: str, given: argparse.Namespace) -> int:
     measured = sum(row["status"] == "ok" for row in table)
     print(f"{len(table)} cells, {measured} measured: {folder / 'results.csv'}, {folder / 'results.parquet'}")
     return 0
+
+
+def _fetched(store: Store, given: argparse.Namespace) -> str:
+    """The sweep, after its results came from W&B. Raises `InputError` where they cannot be had."""
+    from lbi.trackers.wandb_collect import collect_in_process
+
+    if given.sweep is None:
+        raise InputError("sweep", None, "W&B is asked for a sweep by its whole name", "collect NAME --from-wandb")
+    print(collect_in_process(store, given.sweep, _tracker(given)))
+    return str(given.sweep)
 
 
 def _sync(store: Store, sweep: str, given: argparse.Namespace) -> int:

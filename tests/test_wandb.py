@@ -34,8 +34,7 @@ from wandb_cases import (
 
 from lbi.files import write_bytes, write_text
 from lbi.store import Store
-from lbi.trackers import track
-from lbi.trackers import wandb as tracker
+from lbi.trackers import track, wandb_process
 from lbi.trackers.wandb_access import Access, key_sources, may_be_online_now, unreachable
 from lbi.trackers.wandb_files import VIEWED
 from lbi.trackers.wandb_runs import MAX_TAG, Ledger, of_sweep
@@ -256,7 +255,7 @@ def test_a_helper_in_its_own_session_is_ended(home: Path, tmp_path: Path, monkey
     writer.write_text(f"#!/bin/sh\nsetsid sleep 300 &\necho $! > {tmp_path}/helper\nsleep 300\n")
     writer.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(writer))
-    assert tracker._run_writer([], tmp_path, seconds=1.0) is None
+    assert wandb_process.run_bounded("writer", [], tmp_path, seconds=1.0) is None
     assert (tmp_path / "helper").read_text().strip().isdigit()
     assert processes_of(home) == {}
 

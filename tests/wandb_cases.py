@@ -12,7 +12,7 @@ from fakes.wandb_server import FakeRun
 from lbi.config import TrackerConfig
 from lbi.files import write_json, write_json_lines, write_text
 from lbi.store import Store
-from lbi.trackers import wandb as tracker
+from lbi.trackers.wandb_process import MARK
 
 ENV_ID = "e" * 12
 
@@ -84,9 +84,7 @@ def processes_of(home: Path) -> dict[int, str]:
     for entry in Path("/proc").iterdir():
         try:
             variables = (entry / "environ").read_bytes().split(b"\0")
-            if f"HOME={home}".encode() in variables and any(
-                item.startswith(tracker.MARK.encode()) for item in variables
-            ):
+            if f"HOME={home}".encode() in variables and any(item.startswith(MARK.encode()) for item in variables):
                 found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except (OSError, ValueError):
             continue

@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,33 +20,10 @@ from lbi.config import TrackerConfig
 from lbi.files import BadFile, read_json, write_json, write_text
 from lbi.store import SCHEMA, Store
 from lbi.trackers.wandb_access import may_be_online_now, wished_mode
+from lbi.trackers.wandb_process import run_bounded
 from lbi.trackers.wandb_runs import Ledger, Run, of_sweep
 from lbi.trackers.wandb_sweep_run import SweepRun, sweep_run
 from lbi.typed import plain
-
-MARK = "LBI_WANDB_WRITER"
-"""Environment variable by which a writer's helpers are known: wandb puts them in a session of their own."""
-
-KILL_S = 5.0
-
-STOP_S = 0.1
-"""How long a sweep that ends may wait for a writer beside it to be noticed."""
-
-ABOUT_ONE_RUN = (
-    "WANDB_CONFIG_PATHS",
-    "WANDB_DIR",
-    "WANDB_JOB_TYPE",
-    "WANDB_NAME",
-    "WANDB_NOTES",
-    "WANDB_PROGRAM",
-    "WANDB_RESUME",
-    "WANDB_RUN_GROUP",
-    "WANDB_RUN_ID",
-    "WANDB_SERVICE",
-    "WANDB_SWEEP_ID",
-    "WANDB_TAGS",
-)
-"""Variables that are meant for another W&B run than ours, or for another helper process."""
 
 
 def track_in_process(store: Store, sweep: str, config: TrackerConfig) -> str:
@@ -135,7 +108,7 @@ def _write_once(
         request["meanwhile"] = meanwhile is not None
         write_json(scratch / "request.json", request)
         try:
-            code = _run_writer([str(store.root), sweep, name], scratch, left, meanwhile)
+            code = run_bounded("lbi.trackers.wandb_writer", [str(store.root), sweep, name], scratch, left, meanwhile)
         except KeyboardInterrupt:
             return "stopped by Ctrl-C", False
         if code is None:
@@ -150,72 +123,6 @@ def _write_once(
         except BadFile as bad:
             return str(bad), False
         return str(said["problem"]), bool(said["refused"])
-
-
-def _run_writer(
-    arguments: Sequence[str], scratch: Path, seconds: float, stop: threading.Event | None = None
-) -> int | None:
-    """Exit code of a writer, None if its time was up, or `stop` was set. Nothing it started is alive afterwards."""
-    mark = secrets.token_hex(8)
-    with (scratch / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lbi.trackers.wandb_writer", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_environment(mark, scratch),
-            start_new_session=True,
-        )
-    end = time.monotonic() + seconds
-    try:
-        while not (stop and stop.is_set()):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(timeout=max(0.0, min(end - time.monotonic(), STOP_S if stop else seconds)))
-            if time.monotonic() >= end:
-                break
-        return None
-    finally:
-        _kill(process.pid)
-        process.wait()
-        _kill_marked(mark)
-
-
-def _environment(mark: str, scratch: Path) -> dict[str, str]:
-    """The user's keys and addresses, nothing that is about another run, and no files in the home folder."""
-    kept = {name: value for name, value in os.environ.items() if name not in ABOUT_ONE_RUN}
-    return kept | {
-        MARK: mark,
-        "LBI_PARENT": str(os.getpid()),
-        # Otherwise its helper reports to its makers, also when offline.
-        "WANDB_ERROR_REPORTING": "false",
-        "WANDB_CACHE_DIR": str(scratch / "cache"),
-        "WANDB_DATA_DIR": str(scratch / "data"),
-    }
-
-
-def _kill_marked(mark: str) -> None:
-    """End every process that has the mark in its environment, and wait until none has."""
-    end = time.monotonic() + KILL_S
-    while (found := list(_marked(mark))) and time.monotonic() < end:
-        for pid in found:
-            _kill(pid)
-        time.sleep(0.02)
-
-
-def _marked(mark: str) -> Iterator[int]:
-    """Processes with the mark. Where there is no /proc there are none; wandb-core then ends with its parent."""
-    wanted = f"{MARK}={mark}".encode()
-    with contextlib.suppress(OSError):
-        for entry in os.scandir("/proc"):
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    if wanted in Path(entry.path, "environ").read_bytes().split(b"\0"):
-                        yield int(entry.name)
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(OSError):
-        os.kill(pid, signal.SIGKILL)
 
 
 def _line(store: Store, sweep: str, config: TrackerConfig, runs: Sequence[Run], problem: str) -> str:

@@ -22,7 +22,7 @@ from lbi.ranking import Table, tables
 from lbi.store import SCHEMA, Store
 from lbi.sweep_folder import environments, read_header
 from lbi.trackers.wandb_files import MB, Attachment, Attachments
-from lbi.trackers.wandb_runs import Grid, Ledger, Run, of_sweep, sweep_tag
+from lbi.trackers.wandb_runs import Grid, Ledger, Run, Told, of_sweep, sweep_tag
 
 FORMAT = 1
 """Counted up when this run's content is made otherwise, so that it is written anew."""
@@ -40,11 +40,15 @@ def sweep_run_id(sweep: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepRun(Run):
-    """The run about a sweep. `cells` are its rows with place and links, `answers` what came out, in words."""
+    """The run about a sweep. `cells` are its rows with place and links, `answers` what came out, in words.
+
+    `results` says which attempt holds the result of each run, and which artifacts have its files.
+    """
 
     store: Store
     sweep: str
     cells: Sequence[Mapping[str, Any]]
+    results: Sequence[Mapping[str, Any]]
     answers: str
 
     job_type: ClassVar[str] = "report"
@@ -84,7 +88,7 @@ class SweepRun(Run):
         table = rows(self.store, self.sweep)
         # Two machines that hold the same results attach the same files.
         write_tables(scratch / "sweep", [row | {"folder": ""} for row in table])
-        write_json(scratch / "sweep" / "results.json", {"schema": SCHEMA, "results": results_of(table)})
+        write_json(scratch / "sweep" / "results.json", {"schema": SCHEMA, "results": list(self.results)})
         files = [("plan.jsonl", folder / "plan.jsonl")]
         files += [(name, scratch / "sweep" / name) for name in ("results.csv", "results.parquet", "results.json")]
         files += [(page.name, page) for page in self.pages().values()]
@@ -93,10 +97,12 @@ class SweepRun(Run):
         return Attachments([Attachment(self.id, "sweep", kept)], too_large)
 
 
-def results_of(table: Sequence[Row]) -> list[dict[str, Any]]:
-    """Which attempt holds the result of each run that has one."""
-    named = {(row["run_id"], row["env_id"]): row["attempt"] for row in table if row["attempt"] is not None}
-    return [{"run_id": run_id, "env_id": env_id, "attempt": attempt} for (run_id, env_id), attempt in named.items()]
+def _results(runs: Sequence[Run], told: Mapping[str, Told | None]) -> list[dict[str, Any]]:
+    return [
+        {**{name: run.row[name] for name in ("run_id", "env_id", "attempt")}, "artifacts": sorted(known.artifacts)}
+        for run in runs
+        if run.folder is not None and (known := told[run.id]) is not None
+    ]
 
 
 def sweep_run(store: Store, sweep: str, ledger: Ledger) -> SweepRun | None:
@@ -110,6 +116,7 @@ def sweep_run(store: Store, sweep: str, ledger: Ledger) -> SweepRun | None:
         return None
     told = {run.id: ledger.latest(run) for run in runs}
     links = {(run.row["run_id"], run.row["env_id"], run.row["status"]): told[run.id] for run in runs}
+    results = _results(runs, told)
     ranked = tables(rows(store, sweep), header.get("baseline"), header.get("max_kld") or 0.0)
     cells = [
         _cell(row, place, links.get((row["run_id"], row["env_id"], row["status"]))) for row, place in _placed(ranked)
@@ -119,7 +126,9 @@ def sweep_run(store: Store, sweep: str, ledger: Ledger) -> SweepRun | None:
     row = {"name": f"{sweep} report", "status": "ok", "attempt": 1, "run_id": "", "reason": "", **asked}
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     run = sweep_run_id(sweep)
-    return SweepRun(run, row, None, digest, store=store, sweep=sweep, cells=cells, answers=_answers(ranked))
+    return SweepRun(
+        run, row, None, digest, store=store, sweep=sweep, cells=cells, results=results, answers=_answers(ranked)
+    )
 
 
 def _placed(ranked: Sequence[Table]) -> list[tuple[Row, dict[str, Any]]]:
@@ -133,7 +142,7 @@ def _placed(ranked: Sequence[Table]) -> list[tuple[Row, dict[str, Any]]]:
     return placed
 
 
-def _cell(row: Row, place: Mapping[str, Any], told: Any) -> dict[str, Any]:
+def _cell(row: Row, place: Mapping[str, Any], told: Told | None) -> dict[str, Any]:
     """A row of the table: who it is, its place, its numbers, and where to look."""
     known = {name: value for name, value in row.items() if name not in NOT_SHOWN}
     artifact = told.artifacts.get(f"result-{told.id}", "") if told else ""

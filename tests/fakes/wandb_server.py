@@ -191,6 +191,9 @@ class FakeWandb(Artifacts):
         teams = {"edges": [{"node": {"name": self.entity}}]}
         return {"viewer": {"id": "u1", "entity": self.entity, "username": "t", "flags": "{}", "teams": teams}}
 
+    def _on_GetDefaultEntity(self, variables: Json) -> Json:
+        return {"viewer": {"id": "u1", "entity": self.entity}}
+
     def _on_ServerFeaturesQuery(self, variables: Json) -> Json:
         return {"serverInfo": {"features": []}}
 
