@@ -51,6 +51,9 @@ def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
     if verb == "collect":
         parser.add_argument("--from-wandb", action="store_true", help="fetch what this store lacks from W&B first")
         _add_place(parser)
+    if verb == "dashboard":
+        _add_place(parser)
+        parser.add_argument("--baseline", help="cell that ratios refer to, by a part of its name or its run id")
     if verb == "sync":
         _add_place(parser)
         parser.add_argument("--files", choices=("none", "results", "all"), default="all", help="what is attached")
@@ -136,6 +139,26 @@ def _sync(store: Store, sweep: str, given: argparse.Namespace) -> int:
     return 0
 
 
+def _dashboard(store: Store, sweep: str, given: argparse.Namespace) -> int:
+    from lbi.collect import rows
+    from lbi.sweep_folder import change_header
+    from lbi.trackers import track
+    from lbi.trackers.wandb_dashboard import check_package, save_in_process
+
+    check_package()
+    if given.baseline:
+        names = [row["name"] for row in rows(store, sweep) if row["status"] == "ok"]
+        ids = [row["run_id"] for row in rows(store, sweep) if row["status"] == "ok"]
+        if given.baseline not in ids and not any(given.baseline in name for name in names):
+            known = f"Measured are: {', '.join(names[:10])}"
+            raise InputError("--baseline", given.baseline, "no measured cell has this in its name", known)
+        change_header(store, sweep, baseline=given.baseline)
+    config = _tracker(given, mode="online")
+    print(track(store, sweep, config))
+    print(save_in_process(store, sweep, config))
+    return 0
+
+
 VERBS = {
     "status": _status,
     "logs": _logs,
@@ -143,4 +166,5 @@ VERBS = {
     "report": _report,
     "collect": _collect,
     "sync": _sync,
+    "dashboard": _dashboard,
 }

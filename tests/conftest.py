@@ -76,7 +76,8 @@ def run_lbi(tmp_path: Path) -> Callable[..., Any]:
     import subprocess
 
     def run(*arguments: str, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "LBI_STORE": str(tmp_path / "store"), "PYTHONPATH": str(ROOT), **variables}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "LBI_STORE": str(tmp_path / "store"), "PYTHONPATH": path, **variables}
         return subprocess.run(
             [sys.executable, "-m", "lbi", *arguments],
             capture_output=True,

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -35,6 +35,9 @@ LEVELS = ("none", "results", "all")
 
 KLD_PLOTTED = "mean_kld_plotted"
 """The mean KLD, at least `KLD_FLOOR`: a logarithmic axis cannot show the baseline's zero."""
+
+PAGES = "dashboard"
+"""Summary entry of a sweep's run: ids and addresses of its workspace and its report."""
 
 MAX_TAG = 64
 """W&B refuses longer tags."""
@@ -60,6 +63,8 @@ class Run:
     digest: str = ""
 
     job_type: ClassVar[str] = "bench"
+    keeps: ClassVar[Collection[str]] = ()
+    """Summary entries of others, which stay when the run is written anew."""
 
     def tags(self, sweeps: Sequence[str]) -> list[str]:
         """What the W&B page filters by: the options, the status, the sweeps it belongs to."""

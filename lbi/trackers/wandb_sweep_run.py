@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from lbi.ranking import Table, tables
 from lbi.store import SCHEMA, Store
 from lbi.sweep_folder import environments, read_header
 from lbi.trackers.wandb_files import MB, Attachment, Attachments
-from lbi.trackers.wandb_runs import Grid, Ledger, Run, Told, of_sweep, sweep_tag
+from lbi.trackers.wandb_runs import PAGES, Grid, Ledger, Run, Told, of_sweep, sweep_tag
 
 FORMAT = 1
 """Counted up when this run's content is made otherwise, so that it is written anew."""
@@ -52,6 +52,7 @@ class SweepRun(Run):
     answers: str
 
     job_type: ClassVar[str] = "report"
+    keeps: ClassVar[Collection[str]] = (PAGES, "workspace", "wandb_report")
 
     def tags(self, sweeps: Sequence[str]) -> list[str]:
         """The sweep alone."""

@@ -150,7 +150,7 @@ class Writer:
             allow_val_change=True,
             # wandb makes a folder `wandb` in it.
             dir=str(self.scratch if online else self.store.root),
-            settings=_settings(online, self.deadline - time.time()),
+            settings=run_settings(online, self.deadline - time.time()),
         )
 
     def _attach(self, begun: Any, run: Run, told: Told) -> Told:
@@ -186,7 +186,7 @@ class Writer:
     def _fill(begun: Any, run: Run) -> None:
         """Numbers and ending, in place of what an earlier attempt left in the summary."""
         for key in list(begun.summary.keys()):
-            if not key.startswith("_"):
+            if not key.startswith("_") and key not in run.keeps:
                 del begun.summary[key]
         metrics, attempt = run.metrics(), run.row["attempt"]
         # The summary is the truth. W&B draws charts only of what was logged, so an attempt is also
@@ -241,7 +241,7 @@ def _obstacle(server: str) -> tuple[str, str]:
     return ("no_network", f"no connection to {problem}") if problem else ("", "")
 
 
-def _settings(online: bool, left_s: float) -> Any:
+def run_settings(online: bool, left_s: float) -> Any:
     """Nothing of this machine but what the store says of the results, and an end to every wait."""
     import wandb
 

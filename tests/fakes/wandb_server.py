@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from fakes.wandb_artifacts import Artifacts
+from fakes.wandb_views import Views
 
 Json = dict[str, Any]
 
@@ -70,11 +71,12 @@ class FakeRun:
         return [line for _, line in sorted(self.streams.get(stream, {}).items())]
 
 
-class FakeWandb(Artifacts):
+class FakeWandb(Artifacts, Views):
     """The server; use it as a context manager. `runs` is keyed by run id."""
 
     def __init__(self, entity: str = "team") -> None:
-        super().__init__()
+        Artifacts.__init__(self)
+        Views.__init__(self)
         self.entity = entity
         self.runs: dict[str, FakeRun] = {}
         self.operations: Counter[str] = Counter()
@@ -150,7 +152,10 @@ class FakeWandb(Artifacts):
                     failure[2] -= 1
                     return failure[1], {"errors": [{"message": "injected"}]}
             if query:
-                return 200, self._graphql(operation, query.get("variables") or {})
+                try:
+                    return 200, self._graphql(operation, query.get("variables") or {})
+                except LookupError as error:
+                    return 200, {"data": {}, "errors": [{"message": str(error)}]}
             return self._rest(method, path, body)
 
     def _rest(self, method: str, path: str, body: bytes) -> tuple[int, Json | bytes]:
