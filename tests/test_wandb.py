@@ -32,7 +32,7 @@ from wandb_cases import (
     said,
 )
 
-from lbi.files import write_bytes, write_text
+from lbi.files import write_bytes, write_json_lines, write_text
 from lbi.store import Store
 from lbi.trackers import track, wandb_process
 from lbi.trackers.wandb_access import Access, key_sources, may_be_online_now, unreachable
@@ -400,6 +400,12 @@ def test_fewer_files_on_request(server: FakeWandb, store: Store) -> None:
     (run,) = of_sweep(store, "survey")
     assert run.folder is not None
     write_bytes(run.folder / "trace" / "trace.json.gz", gzip.compress(b"{}"))
+    header = {"schema": 1, "sweep": "survey", "command": "python -m lbi model.path=/home/me/model"}
+    write_json_lines(store.sweep_folder("survey") / "plan.jsonl", [header, cell(0, run.row["run_id"])])
+    write_text(store.sweep_folder("survey") / "report.html", "/home/me/model")
+    track(store, "survey", config(files="none"))
+    assert (server.artifacts("result"), server.artifacts("sweep")) == ({}, {})
+    assert b"/home/me" not in b"".join(server.bodies)
     track(store, "survey", config(files="results"))
     assert len(server.artifacts("result")) == 1
     assert server.artifacts("profile") == {}

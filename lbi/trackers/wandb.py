@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lbi.collect import rows
 from lbi.config import TrackerConfig
 from lbi.files import BadFile, read_json, write_json, write_text
 from lbi.store import SCHEMA, Store
@@ -33,9 +34,9 @@ def track_in_process(store: Store, sweep: str, config: TrackerConfig) -> str:
     if wish == "disabled":
         return f"W&B: off ({who})"
     try:
-        runs, ledger = of_sweep(store, sweep), Ledger(store, sweep, config)
-        problem = ""
-        if _is_pending(runs, ledger, wish) or _is_untold(sweep_run(store, sweep, ledger), ledger, wish):
+        table, ledger = rows(store, sweep), Ledger(store, sweep, config)
+        runs, problem = of_sweep(store, sweep, table), ""
+        if _is_pending(runs, ledger, wish) or _is_untold(sweep_run(store, sweep, ledger, table), ledger, wish):
             problem = _write(store, sweep, config, started)
         return _line(store, sweep, config, runs, problem)
     except Exception as error:

@@ -35,6 +35,10 @@ class Attachment:
     files: Sequence[tuple[str, Path]]
     opens: str = ""
 
+    def bytes(self) -> int:
+        """Of all files together."""
+        return sum(file.stat().st_size for _, file in self.files)
+
     def add_to(self, artifact: Any) -> None:
         """Put the files in a `wandb.Artifact`, by reference: a staged copy of each would fill the disk."""
         for name, file in self.files:

@@ -126,11 +126,14 @@ class Run:
         return self.metrics() | {name: value for name, value in ending.items() if value not in (None, "")}
 
 
-def of_sweep(store: Store, sweep: str) -> list[Run]:
-    """A run for every cell that has something to say; duplicates and cells without a result have not."""
+def of_sweep(store: Store, sweep: str, table: Sequence[Row] | None = None) -> list[Run]:
+    """A run for every cell that has something to say; duplicates and cells without a result have not.
+
+    `table` are the sweep's rows, where they have been read.
+    """
     made: dict[str, Run] = {}
     prefix = "pruned-" + hashlib.sha256(sweep.encode()).hexdigest()[:8]
-    for row in rows(store, sweep):
+    for row in rows(store, sweep) if table is None else table:
         if row["status"] in STATUSES:
             run = Run(f"{row['run_id']}-{row['env_id']}", row, Path(row["folder"]))
         elif row["status"] == "pruned":

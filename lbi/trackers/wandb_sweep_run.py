@@ -59,9 +59,9 @@ class SweepRun(Run):
         return [sweep_tag(self.sweep)]
 
     def config(self, sweep: str) -> dict[str, Any]:
-        """What was asked, and which options each group has."""
+        """What was asked of the report, and which options each group has. The command may hold paths."""
         options = {group: sorted({str(cell[group]) for cell in self.cells}) for group in AXES}
-        return {"sweep": sweep, "command": self.row["command"], "baseline": self.row["baseline"], "options": options}
+        return {"sweep": sweep, "baseline": self.row["baseline"], "max_kld": self.row["max_kld"], "options": options}
 
     def metrics(self) -> dict[str, float]:
         """None: its numbers are those of other runs, in its table."""
@@ -84,7 +84,9 @@ class SweepRun(Run):
         return {"report": page} if page.is_file() else {}
 
     def attachments(self, config: TrackerConfig, scratch: Path) -> Attachments:
-        """What makes the sweep anew: its plan, the environments it met, and which results it has."""
+        """What makes the sweep anew: its plan, and which results it has."""
+        if config.files == "none":
+            return Attachments([], [])
         folder = self.store.sweep_folder(self.sweep)
         table = rows(self.store, self.sweep)
         # Two machines that hold the same results attach the same files.
@@ -106,9 +108,13 @@ def _results(runs: Sequence[Run], told: Mapping[str, Told | None]) -> list[dict[
     ]
 
 
-def sweep_run(store: Store, sweep: str, ledger: Ledger) -> SweepRun | None:
-    """The run about a sweep as the store has it now; None where there is nothing to tell, or no plan."""
-    runs = of_sweep(store, sweep)
+def sweep_run(store: Store, sweep: str, ledger: Ledger, table: Sequence[Row] | None = None) -> SweepRun | None:
+    """The run about a sweep as the store has it now; None where there is nothing to tell, or no plan.
+
+    `table` are the sweep's rows, where they have been read.
+    """
+    table = rows(store, sweep) if table is None else table
+    runs = of_sweep(store, sweep, table)
     try:
         header = read_header(store, sweep)
     except InputError:
@@ -118,7 +124,7 @@ def sweep_run(store: Store, sweep: str, ledger: Ledger) -> SweepRun | None:
     told = {run.id: ledger.latest(run) for run in runs}
     links = {(run.row["run_id"], run.row["env_id"], run.row["status"]): told[run.id] for run in runs}
     results = _results(runs, told)
-    ranked = tables(rows(store, sweep), header.get("baseline"), header.get("max_kld") or 0.0)
+    ranked = tables(table, header.get("baseline"), header.get("max_kld") or 0.0)
     cells = [
         _cell(row, place, links.get((row["run_id"], row["env_id"], row["status"]))) for row, place in _placed(ranked)
     ]

@@ -31,6 +31,9 @@ from lbi.typed import build
 WAIT_S = 30.0
 """Bound on the client's wait for an answer when a run begins, and again when it ends."""
 
+SLOWEST = 1e6
+"""Bytes a second below which an upload counts as stuck."""
+
 CLOSING_S = 1.0
 """Time kept for ending in order before whoever waits for this process ends it."""
 
@@ -162,7 +165,7 @@ class Writer:
 
         for name, (columns, cells) in run.grids().items():
             begun.summary[name] = wandb.Table(columns=list(columns), data=[list(row) for row in cells])
-        for name, page in run.pages().items():
+        for name, page in run.pages().items() if self.config.files != "none" else ():
             begun.summary[name] = wandb.Html(page.read_text(), inject=False)
         wanted = run.attachments(self.config, self.scratch)
         if wanted.too_large:
@@ -174,7 +177,8 @@ class Writer:
             logged.append((item, begun.log_artifact(artifact)))
         addresses, opens = {}, ""
         for item, artifact in logged:
-            artifact.wait(timeout=max(1, int(min(WAIT_S, self.deadline - time.time()))))
+            patience = WAIT_S + item.bytes() / SLOWEST
+            artifact.wait(timeout=max(1, int(min(patience, self.deadline - time.time()))))
             addresses[item.name] = f"{begun.project_url}/artifacts/{item.type}/{item.name}/{artifact.version}"
             if item.opens:
                 opens = f"{addresses[item.name]}/files/{item.opens}"
