@@ -12,20 +12,18 @@ import os
 import re
 import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lbi.config import TrackerConfig
 from lbi.errors import InputError
-from lbi.files import BadFile, read_json, write_json
+from lbi.files import read_json, write_json
 from lbi.process import die_with_parent
 from lbi.store import SCHEMA, STATUSES, Store, attempt_numbers
 from lbi.sweep_folder import note_environment
 from lbi.trackers.wandb_files import VIEWED
-from lbi.trackers.wandb_process import run_bounded
+from lbi.trackers.wandb_process import ask, brief
 from lbi.trackers.wandb_sweep_run import sweep_run_id
 
 ANSWER_S = 30
@@ -38,24 +36,12 @@ def collect_in_process(store: Store, sweep: str, config: TrackerConfig) -> str:
     Raises `InputError` where they cannot be had; what was fetched until then stays.
     """
     place = f"{config.entity or 'the default entity'}/{config.project}"
-    with tempfile.TemporaryDirectory(prefix="lbi-wandb-", ignore_cleanup_errors=True) as name:
-        scratch = Path(name)
-        request = {"root": str(store.root), "sweep": sweep, "project": config.project, "entity": config.entity}
-        write_json(scratch / "request.json", {"schema": SCHEMA, **request})
-        code = run_bounded("lbi.trackers.wandb_collect", [name], scratch, config.timeout_s)
-        try:
-            done = read_json(scratch / "done.json", SCHEMA) or {}
-        except BadFile:
-            done = {}
-        if code is None:
-            problem = f"took longer than --timeout-s {config.timeout_s:g}"
-        elif code or not done:
-            said = (scratch / "log.txt").read_text(errors="replace").strip().splitlines()
-            problem = said[-1] if said else f"exit code {code}"
-        else:
-            problem = done["problem"]
-    if problem:
-        raise InputError("--from-wandb", f"{place} {sweep}", problem, "The same command goes on where it stopped")
+    request = {"root": str(store.root), "sweep": sweep, "project": config.project, "entity": config.entity}
+    done = ask("lbi.trackers.wandb_collect", [], request, config.timeout_s)
+    if done["problem"]:
+        raise InputError(
+            "--from-wandb", f"{place} {sweep}", done["problem"], "The same command goes on where it stopped"
+        )
     return f"From W&B: {done['fetched']} results fetched, {done['kept']} in the store already"
 
 
@@ -142,7 +128,7 @@ def main(arguments: Sequence[str]) -> int:
     scratch = Path(folder)
     request = read_json(scratch / "request.json", SCHEMA) or {}
     access = find_access("online")
-    done = {"schema": SCHEMA, "problem": access.reason, "fetched": 0, "kept": 0, "time": time.time()}
+    done = {"schema": SCHEMA, "problem": access.reason, "fetched": 0, "kept": 0}
     if access.mode == "online":
         try:
             api = wandb.Api(timeout=ANSWER_S)
@@ -153,9 +139,7 @@ def main(arguments: Sequence[str]) -> int:
             collector.collect()
             done |= {"fetched": collector.fetched, "kept": collector.kept}
         except Exception as error:
-            # wandb raises classes of its own, Python's, and some that it does not export.
-            lines = str(error).strip().splitlines()
-            done["problem"] = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+            done["problem"] = brief(error)
     write_json(scratch / "done.json", done)
     return 0
 

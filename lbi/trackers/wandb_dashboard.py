@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from typing import Any
 
 from lbi.config import TrackerConfig
 from lbi.errors import InputError
-from lbi.files import BadFile, read_json, write_json
+from lbi.files import read_json, write_json
 from lbi.process import die_with_parent
 from lbi.store import SCHEMA, Store
 from lbi.trackers.wandb_panels import charts, colours, split
-from lbi.trackers.wandb_process import run_bounded
+from lbi.trackers.wandb_process import ask, brief
 from lbi.trackers.wandb_runs import PAGES, Ledger, Told, of_sweep, sweep_tag
 from lbi.trackers.wandb_sweep_run import SweepRun, sweep_run
 from lbi.typed import build, plain
@@ -53,24 +52,10 @@ def save_in_process(store: Store, sweep: str, config: TrackerConfig) -> str:
     whole = sweep_run(store, sweep, ledger)
     if whole is None or ledger.state(whole) != "online":
         raise InputError("dashboard", sweep, "not all of the sweep is online, see above", "Call it again once it is")
-    with tempfile.TemporaryDirectory(prefix="lbi-wandb-", ignore_cleanup_errors=True) as name:
-        scratch = Path(name)
-        request = {"config": plain(config), "deadline": time.time() + config.timeout_s}
-        write_json(scratch / "request.json", {"schema": SCHEMA, **request})
-        code = run_bounded("lbi.trackers.wandb_dashboard", [str(store.root), sweep, name], scratch, config.timeout_s)
-        try:
-            done = read_json(scratch / "done.json", SCHEMA)
-        except BadFile:
-            done = None
-        if code is None:
-            problem = f"took longer than {config.timeout_s:g} s"
-        elif code or done is None:
-            said = (scratch / "log.txt").read_text(errors="replace").strip().splitlines()
-            problem = said[-1] if said else f"exit code {code}"
-        else:
-            problem = done["problem"]
-    if problem or done is None:
-        raise InputError("dashboard", sweep, problem, "Call it again; it replaces what is there")
+    arguments = [str(store.root), sweep]
+    done = ask("lbi.trackers.wandb_dashboard", arguments, {"config": plain(config)}, config.timeout_s)
+    if done["problem"]:
+        raise InputError("dashboard", sweep, done["problem"], "Call it again; it replaces what is there")
     lines = [f"Workspace: {done['workspace']}", f"Report: {done['report']}"]
     if done["left_out"]:
         lines.append(f"Left out, since no run has the numbers: {'; '.join(done['left_out'])}")
@@ -211,9 +196,7 @@ def main(arguments: Sequence[str]) -> int:
         content = pages(store, sweep, Ledger(store, sweep, config))
         done |= {**_save_and_note(content, scratch, float(request["deadline"])), "left_out": content.left_out}
     except Exception as error:
-        # wandb raises classes of its own, Python's, and some that it does not export.
-        lines = str(error).strip().splitlines()
-        done["problem"] = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+        done["problem"] = brief(error)
     write_json(scratch / "done.json", done)
     return 0
 

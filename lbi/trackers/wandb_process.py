@@ -11,10 +11,15 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from lbi.files import BadFile, read_json, write_json
+from lbi.store import SCHEMA
 
 MARK = "LBI_WANDB_WRITER"
 """Environment variable by which a writer's helpers are known: wandb puts them in a session of their own."""
@@ -108,3 +113,28 @@ def _marked(mark: str) -> Iterator[int]:
 def _kill(pid: int) -> None:
     with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGKILL)
+
+
+def ask(module: str, arguments: Sequence[str], request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """What a process answers: it finds request.json in the folder that is its last argument, and leaves done.json.
+
+    `problem` in the answer is why there is none, empty if all went well.
+    """
+    with tempfile.TemporaryDirectory(prefix="lbi-wandb-", ignore_cleanup_errors=True) as name:
+        scratch = Path(name)
+        write_json(scratch / "request.json", {"schema": SCHEMA, "deadline": time.time() + seconds, **request})
+        code = run_bounded(module, [*arguments, name], scratch, seconds)
+        if code is None:
+            return {"problem": f"took longer than {seconds:g} s, see --timeout-s"}
+        with contextlib.suppress(BadFile):
+            done = read_json(scratch / "done.json", SCHEMA)
+            if done is not None and code == 0:
+                return done
+        said = (scratch / "log.txt").read_text(errors="replace").strip().splitlines()
+        return {"problem": said[-1] if said else f"exit code {code}"}
+
+
+def brief(error: Exception) -> str:
+    """An exception in a line; wandb raises classes of its own, Python's, and some that it does not export."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]

@@ -24,6 +24,7 @@ from lbi.files import read_json, write_json
 from lbi.process import die_with_parent
 from lbi.store import SCHEMA, Store
 from lbi.trackers.wandb_access import Access, key_sources, unreachable, wished_mode
+from lbi.trackers.wandb_process import brief
 from lbi.trackers.wandb_runs import Ledger, Run, Told, of_sweep
 from lbi.trackers.wandb_sweep_run import sweep_run
 from lbi.typed import build
@@ -100,9 +101,7 @@ class Writer:
         try:
             told = self._write_run(run)
         except Exception as error:
-            # wandb raises classes of its own, Python's, and some that it does not export.
-            lines = str(error).strip().splitlines()
-            reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+            reason = brief(error)
             if self.access.mode == "online":
                 raise Refused(reason) from error
             return reason
