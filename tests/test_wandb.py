@@ -213,6 +213,7 @@ def test_online_only_does_not_fall_back(server: FakeWandb, store: Store, monkeyp
     assert not (store.root / "wandb").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_means_offline_for_now(server: FakeWandb, store: Store) -> None:
     put_sweep(store)
     server.fail("UpsertBucket", 401, times=1)

@@ -52,6 +52,7 @@ def test_results_come_back_as_they_were(
     assert processes_of(home) == {}
 
 
+@pytest.mark.slow
 def test_what_is_here_is_kept_and_what_was_begun_is_left_alone(server: FakeWandb, store: Store, tmp_path: Path) -> None:
     put_sweep(store, results=2)
     assert "2 runs online" in track(store, "survey", config())

@@ -118,6 +118,7 @@ def test_the_pages_show_what_was_logged(
     assert whole.summary["workspace"] in said
 
 
+@pytest.mark.slow
 def test_saving_again_replaces(server: FakeWandb, store: Store, tmp_path: Path) -> None:
     put_measured(store)
     place = ["survey", "--store", str(store.root)]

@@ -48,7 +48,7 @@ def assert_whole(server: FakeWandb, store: Store, results: int, sweep: str = "su
 @pytest.mark.parametrize(
     ("operation", "status"),
     [
-        ("CommitArtifact", 500),
+        pytest.param("CommitArtifact", 500, marks=pytest.mark.slow),
         pytest.param("PUT /artifacts", 500, marks=pytest.mark.slow),
         pytest.param("UpsertBucket", 500, marks=pytest.mark.slow),
         pytest.param("UpsertBucket", 429, marks=pytest.mark.slow),
