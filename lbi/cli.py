@@ -20,7 +20,7 @@ from typing import Any
 
 from lbi.errors import ClusterError, InputError
 
-VERBS = ("status", "logs", "cancel", "report", "collect", "sync", "doctor")
+VERBS = ("status", "logs", "cancel", "report", "collect", "sync", "dashboard", "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
