@@ -69,8 +69,9 @@ def one_row(given: argparse.Namespace) -> dict[str, Any]:
     from lbi import roofline, steps
     from lbi.engines import make
     from lbi.metrics import prefill_flop
-    from lbi.models import fit_tokens, load, read_text
+    from lbi.models import load
     from lbi.process import Phases
+    from lbi.prompts import fit_tokens, read_text
     from lbi.record import Record
 
     engine, quantizer, compiler, *more = given.one.split()
