@@ -22,7 +22,7 @@ from typing import Any
 
 from lbi.errors import ClusterError, InputError
 
-VERBS = ("status", "logs", "cancel", "report", "collect", "sync", "recipe", "trace", "doctor")
+VERBS = ("status", "logs", "cancel", "report", "collect", "sync", "dashboard", "recipe", "trace", "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

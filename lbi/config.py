@@ -236,6 +236,11 @@ class WorkloadConfig:
         "cut or repeat the prompt to this many tokens; null: as it is", default=None, low=1
     )
     new_tokens: int = knob("tokens generated, EOS ignored", low=2)
+    batch: int = knob(
+        "sequences decoded at once, each from this same prompt, so that all are of one length and none is padded",
+        default=1,
+        low=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -288,7 +293,26 @@ class TrackerConfig:
     )
     project: str = knob("W&B project", default="lbi")
     entity: str | None = knob("W&B team or user; null: the key's own", default=None)
-    timeout_s: float = knob("bound on everything the tracker does for one sweep, in seconds", default=120.0, above=0.0)
+    timeout_s: float = knob(
+        "bound on everything the tracker does after a sweep, or for one `lbi sync`, in seconds",
+        default=120.0,
+        above=0.0,
+    )
+    inline_s: float | None = knob(
+        "new results go online every so many seconds while the sweep runs, unless it measures on this CPU; "
+        "null: at its end",
+        default=60.0,
+        above=0.0,
+    )
+    files: Literal["none", "results", "all"] = knob(
+        "what is attached: results: each result's files; all: traces and memory snapshots too", default="all"
+    )
+    max_file_mb: float = knob(
+        "a larger file is not attached; the run's summary names it, in MB", default=200.0, above=0.0
+    )
+    runs_per_minute: float = knob(
+        "pace once as many runs have been written; W&B limits requests", default=60.0, above=0.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

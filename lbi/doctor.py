@@ -76,7 +76,8 @@ def roofline(overrides: Sequence[str]) -> int:
         os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
     bandwidths = _bandwidths(first.engine.device)
     workload = f"{first.workload.prompt_tokens} + {first.workload.new_tokens} tokens"
-    print(f"{first.model.name}, {workload}, engine.device={first.engine.device}. At most, at batch 1 without drafts:\n")
+    workload += f", {first.workload.batch} sequences" if first.workload.batch > 1 else ""
+    print(f"{first.model.name}, {workload}, engine.device={first.engine.device}. At most, without drafts:\n")
     bounds = [prediction.bound(option, config, facts, refused) for option, config, facts, refused in cells]
     for line in prediction.table(bounds, bandwidths):
         print(line)

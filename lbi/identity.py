@@ -23,6 +23,7 @@ from lbi.config import (
     MeasureConfig,
     ModelConfig,
     QuantizerConfig,
+    WorkloadConfig,
 )
 from lbi.errors import InputError
 from lbi.model_files import ModelFacts, inspect
@@ -92,6 +93,14 @@ def canonical_decoding(decoding: DecodingConfig) -> str:
     return canonical(kept)
 
 
+def canonical_workload(workload: WorkloadConfig) -> str:
+    """The workload section without a batch of one: runs from before there were batches keep their ids."""
+    known = plain(workload)
+    if workload.batch == 1:
+        del known["batch"]
+    return canonical(known)
+
+
 def canonical_measure(measure: MeasureConfig) -> str:
     """The measure section without knobs that are not set and that the first runs did not have."""
     known = plain(measure)
@@ -117,6 +126,7 @@ def run_id_of(config: LbiConfig, facts: ModelFacts) -> str:
     made["engine"] = canonical_engine(config.engine)
     made["decoding"] = canonical_decoding(config.decoding)
     made["cache"] = canonical_cache(config.cache)
+    made["workload"] = canonical_workload(config.workload)
     made["measure"] = canonical_measure(config.measure)
     return run_id(made)
 

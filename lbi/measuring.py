@@ -52,6 +52,9 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
                 voids.append(void)
                 continue
             tokens = tokens or generation.tokens
+            if generation.batch:
+                alike = sum(own == generation.tokens for own in generation.batch)
+                record.effective["batch"] = {"sequences": len(generation.batch), "same_tokens_as_the_first": alike}
             valid.append(generation.timing)
             joules.append(meter.joules)
             speculations += [generation.speculation] if generation.speculation else []
@@ -67,7 +70,7 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
     record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
     record.effective |= others.report() | clocks.report()
     _note_compile(config, valid, record)
-    _note_surroundings(config, joules, len(tokens), record)
+    _note_surroundings(config, joules, len(tokens) * config.workload.batch, record)
     return tokens
 
 

@@ -1,8 +1,8 @@
 """What the memory allows each option before anything runs: bytes per token, and the speed that they bound.
 
 Bytes are read from real tensors: a few rows of each of the model's shapes are stored as the option says, and a row's
-bytes are those of every other row. The speed is bandwidth over bytes, which no cell at batch 1 without drafts exceeds;
-how near one comes is its MBU.
+bytes are those of every other row. The speed is bandwidth over bytes, which no cell without drafts exceeds, all
+sequences of a batch together; how near one comes is its MBU.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _weights(config: LbiConfig, facts: ModelFacts) -> float:
     arch = dict(facts.arch or {})
     hidden, vocabulary, layers = (int(arch[name]) for name in ("hidden_size", "vocab_size", "num_hidden_layers"))
     item = 4 if config.model.dtype == "float32" else 2
-    total = 0.0
+    total, row = 0.0, 0.0
     for name, (inputs, outputs) in facts.matrices().items():
         for index in range(layers):
             part = layer_config(f"model.layers.{index}.{BLOCKS[name]}.{name}", config.quantizer)
@@ -72,9 +72,10 @@ def _weights(config: LbiConfig, facts: ModelFacts) -> float:
     total += vocabulary * _row_bytes(head, hidden, config.model.dtype, config.engine.device)
     if not arch.get("tie_word_embeddings") or head != PLAIN:
         # One row of the table of embeddings, which the head is not.
-        total += hidden * (1 if config.quantizer.embeddings == "int8" else item)
+        row = hidden * (1 if config.quantizer.embeddings == "int8" else item)
     norms = (2 * layers + 1) * hidden * item
-    return total + norms
+    # A batch reads the weights once for all of its sequences, and a row of the table for each.
+    return (total + norms) / config.workload.batch + row
 
 
 def _cache(config: LbiConfig, facts: ModelFacts) -> float:

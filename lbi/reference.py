@@ -55,7 +55,7 @@ def folders(store: Path, config: LbiConfig, env_id: str) -> dict[str, Path]:
         own["compiler"] = identity.canonical(plain(config.compiler))
     keys = {
         "logits": text,
-        "greedy": common | {"workload": identity.canonical(plain(config.workload))},
+        "greedy": common | {"workload": identity.canonical_workload(replace(config.workload, batch=1))},
         "quality": text | own,
     }
     return {kind: store / "references" / f"{kind}-{digest(kind, key)}" for kind, key in keys.items()}

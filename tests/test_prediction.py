@@ -37,7 +37,7 @@ def test_bytes_are_those_that_a_run_finds(plan: Callable[..., Plan], tmp_path: P
         model = load(config.model, config.engine).model
         layers = steps.quantize(config, model, [1, 2, 3], tmp_path / "tuning.json", Record(tmp_path, phases), phases)
         slot = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * 32 * model.dtype.itemsize
-        assert found.bytes_per_token == pytest.approx(roofline.bytes_per_token(model, layers, slot * 26), rel=1e-3)
+        assert found.bytes_per_token == pytest.approx(roofline.bytes_per_step(model, layers, slot * 26), rel=1e-3)
 
 
 def test_what_cannot_be_known_says_why(plan: Callable[..., Plan]) -> None:

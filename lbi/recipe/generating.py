@@ -61,6 +61,8 @@ def part(config: LbiConfig) -> Part:
 def _own(config: LbiConfig) -> Part:
     wanted = ["engine", "compiler", "decoding", "cache"]
     groups = {name: knobs(getattr(config, name)) for name in wanted}
+    if config.workload.batch > 1:
+        groups["workload"] = knobs(config.workload)
     if config.decoding.draft is not None:
         # A draft is loaded in the model's own type.
         groups = {"model": {name: value for name, value in knobs(config.model).items() if name != "note"}, **groups}

@@ -203,6 +203,7 @@ def _table_section(content: Content, index: int, table: Table, extent: Extent, f
         element("div", cell_table(table, content.facts, caption), id=f"cells-{index}"),
         element("div", id=f"beside-{index}", class_="beside", aria_live="polite"),
         sections.unpacking(table),
+        sections.drafting(table),
     ]
 
 

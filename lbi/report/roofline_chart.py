@@ -24,6 +24,12 @@ def points(table: Table) -> list[Ranked]:
     return [item for item in measured(table) if all(finite(item.row[name]) and item.row[name] > 0 for name in wanted)]
 
 
+def sequences(item: Ranked) -> float:
+    """Sequences that are decoded at once: the speed of all over that of one."""
+    together = item.row.get("decode_tok_s_aggregate")
+    return float(together) / float(item.row[SPEED]) if finite(together) else 1.0
+
+
 def bandwidths(ranked: Sequence[Ranked]) -> dict[str, list[float]]:
     """Bytes a second by where they are from: what each MBU was taken against, different ones alone."""
     found: dict[str, list[float]] = {}
@@ -32,7 +38,7 @@ def bandwidths(ranked: Sequence[Ranked]) -> dict[str, list[float]]:
             row = item.row
             if not finite(row[metric]) or row[metric] <= 0:
                 continue
-            value = row["bytes_per_token"] * row[SPEED] / row[metric]
+            value = row["bytes_per_token"] * row[SPEED] * sequences(item) / row[metric]
             known = found.setdefault(kind, [])
             if not any(max(value, other) / min(value, other) < SAME for other in known):
                 known.append(value)
@@ -44,8 +50,10 @@ def roofline(table: Table) -> Spec:
     ranked = points(table)
     sizes = [item.row["bytes_per_token"] for item in ranked]
     ends = (min(sizes) / 1.3, max(sizes) * 1.3)
+    # A workload has one batch, and a table one workload.
+    at_once = sequences(ranked[0])
     lines = [
-        {"bytes": rounded(size), "limit": rounded(value / size), "line": f"{kind} {value / 1e9:.4g} GB/s"}
+        {"bytes": rounded(size), "limit": rounded(value / size / at_once), "line": f"{kind} {value / 1e9:.4g} GB/s"}
         for kind, values in bandwidths(ranked).items()
         for value in values
         for size in ends

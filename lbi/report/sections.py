@@ -9,7 +9,7 @@ from typing import Any
 from lbi.collect import Row
 from lbi.comparing import Comparison
 from lbi.metrics import METRICS, WITH_ERROR, WITH_INTERVAL
-from lbi.ranking import SPEED, Answer, Table, disturbance, unfused
+from lbi.ranking import SPEED, Answer, Table, disturbance, outrun, unfused
 from lbi.report.cell_table import COLUMNS, RATIO_DOC
 from lbi.report.figures import finite, moment, with_noise
 from lbi.report.markup import Html, element, grid, joined, paragraph
@@ -58,6 +58,13 @@ def disturbed(table: Table) -> Html:
 def unpacking(table: Table) -> Html:
     """Which speeds are those of weights unpacked anew at every token."""
     text = unfused([ranked.row for ranked in table.ranked if ranked.rank is not None])
+    label, _, rest = text.partition(": ")
+    return paragraph(element("strong", f"{label}: "), rest, class_="note") if text else Html()
+
+
+def drafting(table: Table) -> Html:
+    """Which drafts cost more than they save."""
+    text = outrun([ranked.row for ranked in table.ranked if ranked.rank is not None])
     label, _, rest = text.partition(": ")
     return paragraph(element("strong", f"{label}: "), rest, class_="note") if text else Html()
 
