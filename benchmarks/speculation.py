@@ -1,12 +1,13 @@
 """Ways of decoding side by side in one run: tokens/s, tokens a verification, and the ratio to greedy.
 
-    python benchmarks/speculation.py [--rows 'speculative_lookup decoding.draft_tokens=8,...'] [--engine loop]
+    python benchmarks/speculation.py [--rows 'speculative_lookup,structured,...'] [--engine loop]
         [--prompt repetitive|chat|FILE] [--compiler eager] [--quantizer none] [--dtype float32]
         [--require 1.8]
 
 One model in one process; each round runs every row once, one after the other, and the ratio is the median of
 the rounds' own ratios, so that what a neighbour takes from the machine hits all rows alike. `same` says
-that the tokens are greedy's, or at which token they part; --require fails where the first row is slower.
+that the tokens are greedy's, or at which token they part, which a grammar's do; --require fails where the first row is
+slower. A turn, a draft and its verification, is worth it where it takes less than its tokens' number of greedy steps.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def main() -> int:
         print(
             f"{row:70} {line['speed']:7.1f} {line['ratio']:6.2f} {line['low']:5.2f} to {line['high']:<4.2f} "
             f"{line['length']:8.2f} {line['rate']:6.0%} {line['same']:>8}  draft {line['draft_ms']:.1f} ms, "
-            f"verify {line['verify_ms']:.1f} ms",
+            f"verify {line['verify_ms']:.1f} ms: {line['turn']:.2f} greedy steps",
             flush=True,
         )
     return int(given.require is not None and found[rows[1]]["ratio"] < given.require)
@@ -65,10 +66,12 @@ def main() -> int:
 def measure(rows: list[str], given: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """The figures of each row. All engines have one model; the first call of each does not count."""
     from lbi import steps
+    from lbi.draft_models import load_draft
     from lbi.engines import make
     from lbi.metrics import summarize_speculation
-    from lbi.models import load, read_text
+    from lbi.models import load
     from lbi.process import Phases
+    from lbi.prompts import read_text
     from lbi.record import Record
 
     common = [f"engine={given.engine}", f"compiler={given.compiler}", f"quantizer={given.quantizer}", "cache=static"]
@@ -77,13 +80,15 @@ def measure(rows: list[str], given: argparse.Namespace, folder: Path) -> dict[st
     first = configs["greedy"]
     loaded = load(first.model, first.engine)
     phases = Phases(folder)
+    drafts = {row: load_draft(config, loaded.model) for row, config in configs.items()}
     steps.quantize(first, loaded.model, [1, 2, 3], folder / "tuning.json", Record(folder, phases), phases)
     name = "text:chat" if given.prompt == "chat" else given.prompt
     prompt = loaded.encode(REPETITIVE if given.prompt == "repetitive" else read_text(name))
     engines = {}
     for row, config in configs.items():
         slots = len(prompt) + given.new_tokens + (config.decoding.draft_tokens or 0)
-        engines[row] = make(config, loaded.model, slots)
+        steps.quantize_draft(config, drafts[row], Record(folder, phases), phases)
+        engines[row] = make(config, loaded.model, slots, drafts[row], loaded.tokenizer)
         if config.compiler.backend != "eager":
             engines[row].compile()
         engines[row].generate(prompt, given.new_tokens, seed=0)
@@ -97,7 +102,8 @@ def measure(rows: list[str], given: argparse.Namespace, folder: Path) -> dict[st
         tallies = [each[row].speculation for each in rounds if each[row].speculation]
         about = summarize_speculation(tallies)
         same = rounds[0][row].tokens, rounds[0]["greedy"].tokens
-        part = next((at for at, pair in enumerate(zip(*same, strict=True)) if pair[0] != pair[1]), None)
+        part = next((at for at, pair in enumerate(zip(*same, strict=False)) if pair[0] != pair[1]), None)
+        turn_s = (about.get("draft_s") or 0.0) + (about.get("verify_s") or 0.0)
         table[row] = {
             "speed": median(1 / each[row].timing.tpot_s() for each in rounds),
             "ratio": median(ratios),
@@ -108,6 +114,7 @@ def measure(rows: list[str], given: argparse.Namespace, folder: Path) -> dict[st
             "draft_ms": 1e3 * (about.get("draft_s") or 0.0),
             "verify_ms": 1e3 * (about.get("verify_s") or 0.0),
             "same": "yes" if part is None else f"to {part}",
+            "turn": turn_s / median(each["greedy"].timing.tpot_s() for each in rounds),
         }
     print(loaded.decode(rounds[0]["greedy"].tokens)[:200].replace("\n", " / "), "\n")
     return table

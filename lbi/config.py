@@ -236,6 +236,11 @@ class WorkloadConfig:
         "cut or repeat the prompt to this many tokens; null: as it is", default=None, low=1
     )
     new_tokens: int = knob("tokens generated, EOS ignored", low=2)
+    batch: int = knob(
+        "sequences decoded at once, each from this same prompt, so that all are of one length and none is padded",
+        default=1,
+        low=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,10 +259,18 @@ class MeasureConfig:
     """How often, and when a sample counts."""
 
     name: str = knob("name shown in tables")
-    repetitions: int = knob("samples wanted", low=1)
+    repetitions: int = knob("samples wanted; with a ci_target the fewest", low=1)
     warmup: int = knob("generations before the first sample", low=1)
     void_budget: int = knob("samples that may be void and repeated before the run fails", default=5, low=0)
     cooldown_s: float = knob("pause before each sample, in seconds", default=0.0, low=0.0)
+    ci_target: float | None = knob(
+        "go on until half the interval of decode_tok_s is at most this share of the median (0.01: 1%); null: no target",
+        default=None,
+        above=0.0,
+    )
+    max_repetitions: int | None = knob(
+        "ci_target: the most samples; null: ten times `repetitions`", default=None, low=2
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

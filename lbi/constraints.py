@@ -100,6 +100,7 @@ EXAMPLES: dict[str, Example] = {
     "coordinate_descent_needs_gpu": Example(("compiler=inductor_tuned", "cache=static"), MEANING),
     "inductor_on_cpu_needs_compiler": Example(("compiler=inductor", "cache=static"), PLACE, has_compiler=False),
     "rsr_can_be_built": Example(("quantizer=rsr",), PLACE, has_compiler=False),
+    "batch_has_room": Example(("engine=hf", "workload.batch=2"), TRIED),
     "fits_context": Example(("workload.new_tokens=5000",), MEANING),
     "custom_function_is_there": Example(("quantizer=custom", "quantizer.target=nowhere:quantize"), TRIED),
     "stored_weights_fit": Example(("quantizer=checkpoint",), TRIED),

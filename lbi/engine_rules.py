@@ -7,8 +7,9 @@ from typing import Any
 
 from lbi import environment
 from lbi.config import LbiConfig
+from lbi.engines import batch_problem
 from lbi.model_files import ModelFacts
-from lbi.quantizers.options import parts
+from lbi.quantizers.options import parts, parts_of_draft
 from lbi.rule_table import Machine, rule
 
 
@@ -126,9 +127,15 @@ def fused_reads_it(config: LbiConfig, facts: ModelFacts, machine: Machine) -> st
     if config.engine.kind != "fused":
         return None
     way_out = "engine=loop runs it"
-    others = {part.family for part in (config.quantizer, *parts(config.quantizer))} - {"none", "native", "mix"}
-    if others:
-        return f"engine=fused multiplies by its own kernels, which cannot read layers of {min(others)}; {way_out}"
+    own = {part.family for part in (config.quantizer, *parts(config.quantizer))}
+    drafts = {part.family for part in parts_of_draft(config.decoding)}
+    for families, whose in ((own, ""), (drafts, ", the draft's")):
+        others = families - {"none", "native", "mix"}
+        if others:
+            return (
+                f"engine=fused multiplies by its own kernels, which cannot read layers of {min(others)}{whose}; "
+                f"{way_out}"
+            )
     if config.compiler.backend == "inductor" or config.compiler.linears:
         return f"engine=fused has its own kernels, {config.compiler.name} has nothing to compile: eager or cudagraph"
     kind = (facts.arch or {}).get("model_type", "llama")
@@ -175,6 +182,14 @@ def inductor_on_cpu_needs_compiler(config: LbiConfig, facts: ModelFacts, machine
     if config.compiler.backend == "inductor" and machine.device == "cpu" and not machine.has_compiler:
         return "inductor on a CPU needs a C++ compiler (g++ or clang++) on the PATH"
     return None
+
+
+@rule(
+    "lbi/engines: generate()'s clock and cache are looked at for one sequence, the fused kernels take one token, and "
+    "what is drafted or masked stands or falls for each sequence by itself"
+)
+def batch_has_room(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
+    return batch_problem(config)
 
 
 @rule("positions beyond the trained context are not defined for the model")

@@ -14,7 +14,17 @@ from dataclasses import fields
 from typing import Any
 
 from lbi import structured
-from lbi.config import IDENTITY, CacheConfig, DecodingConfig, EngineConfig, LbiConfig, ModelConfig, QuantizerConfig
+from lbi.config import (
+    IDENTITY,
+    CacheConfig,
+    DecodingConfig,
+    EngineConfig,
+    LbiConfig,
+    MeasureConfig,
+    ModelConfig,
+    QuantizerConfig,
+    WorkloadConfig,
+)
 from lbi.errors import InputError
 from lbi.model_files import ModelFacts, inspect
 from lbi.quantizers.options import content, draft_model, option
@@ -25,6 +35,8 @@ VERSION = 1
 
 FIRST_DECODING_KNOBS = frozenset({"name", "kind", "temperature", "top_k", "top_p", "seed"})
 """Knobs that have always been part of a run's identity, used or not."""
+
+LATER_MEASURE = frozenset({"ci_target", "max_repetitions"})
 
 DISPLAY_ONLY = frozenset({"name", "note"})
 
@@ -81,6 +93,20 @@ def canonical_decoding(decoding: DecodingConfig) -> str:
     return canonical(kept)
 
 
+def canonical_workload(workload: WorkloadConfig) -> str:
+    """The workload section without a batch of one: runs from before there were batches keep their ids."""
+    known = plain(workload)
+    if workload.batch == 1:
+        del known["batch"]
+    return canonical(known)
+
+
+def canonical_measure(measure: MeasureConfig) -> str:
+    """The measure section without knobs that are not set and that the first runs did not have."""
+    known = plain(measure)
+    return canonical({name: value for name, value in known.items() if name not in LATER_MEASURE or value is not None})
+
+
 def canonical_cache(cache: CacheConfig) -> str:
     """The cache section without knobs that are not set, except those that the first caches had."""
     return canonical({key: value for key, value in plain(cache).items() if value is not None or key == "max_len"})
@@ -100,6 +126,8 @@ def run_id_of(config: LbiConfig, facts: ModelFacts) -> str:
     made["engine"] = canonical_engine(config.engine)
     made["decoding"] = canonical_decoding(config.decoding)
     made["cache"] = canonical_cache(config.cache)
+    made["workload"] = canonical_workload(config.workload)
+    made["measure"] = canonical_measure(config.measure)
     return run_id(made)
 
 

@@ -23,22 +23,35 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "decode_tok_s": Metric("tok/s", "new tokens after the first, per second between the first and the last", "higher"),
-    "prefill_tok_s": Metric("tok/s", "prompt tokens per second until the first new token", "higher"),
+    "decode_tok_s": Metric(
+        "tok/s", "new tokens after the first, per second between the first and the last; of one sequence", "higher"
+    ),
+    "decode_tok_s_aggregate": Metric(
+        "tok/s", "batch: the same of all its sequences together, workload.batch times that of one", "higher"
+    ),
+    "prefill_tok_s": Metric("tok/s", "prompt tokens per second until the first new token; of one sequence", "higher"),
     "ttft_s": Metric("s", "time to first token, from the call of generate", "lower"),
     "tpot_s": Metric("s", "time per output token after the first", "lower"),
     "itl_p99_s": Metric("s", "99th percentile of the time between two tokens; needs at least 100 of them", "lower"),
-    "generate_tok_s": Metric("tok/s", "new tokens per second of the whole call, prefill included", "higher"),
+    "generate_tok_s": Metric(
+        "tok/s", "new tokens per second of the whole call, prefill included; of one sequence", "higher"
+    ),
     "peak_memory_bytes": Metric("B", "peak while generating: GPU allocator, or resident memory on a CPU", "lower"),
     "weight_bytes": Metric("B", "storage of all weights, shared storage counted once", "lower"),
     "bits_per_weight": Metric("bit", "storage of all linear layers, scales and lm_head included, per weight", "lower"),
     "quantized_fraction": Metric("1", "share of the linear layers' weights that are quantized"),
-    "bytes_per_token": Metric("B", "bytes a decode step must read: weights, scales, lm_head, keys, values", "lower"),
+    "bytes_per_token": Metric(
+        "B",
+        "bytes that decoding must read for a token: weights, scales, lm_head, keys, values; a batch shares the weights",
+        "lower",
+    ),
     "unpacked_bytes_per_token": Metric(
         "B", "unpacked weights that a decode step of weight-only layers writes before it multiplies by them", "lower"
     ),
     "kv_bytes": Metric("B", "storage of the key-value cache at the end of the workload", "lower"),
-    "mbu_measured": Metric("1", "bytes_per_token times decode_tok_s over the measured read bandwidth", "higher"),
+    "mbu_measured": Metric(
+        "1", "bytes_per_token times decode_tok_s, of all sequences, over the measured read bandwidth", "higher"
+    ),
     "mbu_nominal": Metric("1", "the same over the data sheet's bandwidth", "higher"),
     "mfu_measured": Metric("1", "prefill FLOP/s over the measured matmul peak", "higher"),
     "energy_j_per_token": Metric("J", "energy of the device over a whole generation, per new token", "lower"),
@@ -68,7 +81,7 @@ METRICS: dict[str, Metric] = {
     "total_s": Metric("s", "the whole run, child process start to end", "lower"),
 }
 
-WITH_INTERVAL = ("decode_tok_s", "prefill_tok_s", "ttft_s", "tpot_s", "generate_tok_s")
+WITH_INTERVAL = ("decode_tok_s", "decode_tok_s_aggregate", "prefill_tok_s", "ttft_s", "tpot_s", "generate_tok_s")
 """Metrics with one value a repetition: shown as a median with an interval (`_lo`, `_hi`)."""
 
 WITH_ERROR = ("mean_kld", "top1_agreement", "ppl_ratio")
@@ -79,13 +92,14 @@ WITH_ERROR = ("mean_kld", "top1_agreement", "ppl_ratio")
 class Timing:
     """One generation. Times in seconds on one clock; `tokens[i]` is when new token i was known.
 
-    Tokens that one launch made were known together, at its end.
+    Tokens that one launch made were known together, at its end. All `sequences` of a batch have the same times.
     """
 
     start: float
     tokens: tuple[float, ...]
     end: float
     prompt_tokens: int
+    sequences: int = 1
 
     def ttft_s(self) -> float:
         """Time to first token."""
@@ -100,8 +114,9 @@ class Timing:
         return [later - earlier for earlier, later in zip(self.tokens, self.tokens[1:], strict=False)]
 
     def speeds(self) -> dict[str, float]:
-        """The metrics of `WITH_INTERVAL` for this generation."""
-        return {
+        """The metrics of `WITH_INTERVAL` for this generation; those of a batch where there is one."""
+        batch = {"decode_tok_s_aggregate": self.sequences / self.tpot_s()} if self.sequences > 1 else {}
+        return batch | {
             "decode_tok_s": 1.0 / self.tpot_s(),
             "prefill_tok_s": self.prompt_tokens / self.ttft_s(),
             "ttft_s": self.ttft_s(),
@@ -197,7 +212,7 @@ def summarize(timings: Sequence[Timing]) -> dict[str, float | None]:
     """Speed metrics over all repetitions, with `_lo` and `_hi` for those of `WITH_INTERVAL`."""
     per_repetition = [timing.speeds() for timing in timings]
     summary: dict[str, float | None] = {}
-    for name in WITH_INTERVAL:
+    for name in [name for name in WITH_INTERVAL if name in per_repetition[0]]:
         interval = median_interval([speeds[name] for speeds in per_repetition])
         summary |= {name: interval.median, f"{name}_lo": interval.low, f"{name}_hi": interval.high}
         summary["interval_coverage"] = interval.coverage

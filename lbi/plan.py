@@ -136,6 +136,10 @@ class _Sections:
                 text = identity.canonical_decoding(section)
             elif group == "cache":
                 text = identity.canonical_cache(section)
+            elif group == "workload":
+                text = identity.canonical_workload(section)
+            elif group == "measure":
+                text = identity.canonical_measure(section)
             else:
                 text = identity.canonical(plain(section))
             self._canonical[key] = (section, text)
@@ -160,6 +164,9 @@ def _cell(index: int, composed: Composed, sections: _Sections) -> Cell:
         )
     config = sections.config(composed.sections)
     choices = {group: getattr(config, group).name for group in AXES}
+    if config.workload.batch > 1:
+        # Tables are made by workload: the speed of one of many sequences is not to be compared with that of one alone.
+        choices["workload"] += f" batch={config.workload.batch}"
     return Cell(index, composed.overrides, choices, config)
 
 

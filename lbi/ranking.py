@@ -11,8 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lbi.collect import NO_FUSION, Row
+from lbi.config import AXES
 
 SPEED = "decode_tok_s"
+
+AGGREGATE = "decode_tok_s_aggregate"
+"""The speed of a whole batch. Cells are ranked by `SPEED`, and batches of different sizes have tables of their own."""
 
 KLD_FLOOR = 1e-6
 """Nats below which a mean KLD says nothing: the reference is stored in 16 bits."""
@@ -81,7 +85,7 @@ def _table(model: str, workload: str, rows: list[Row], wanted: str | None, max_k
     ordered = sorted(measured, key=lambda row: -row[SPEED])
     front = {row["cell"] for row in pareto(ordered)}
     ranks = _ranks(ordered)
-    ranked = [Ranked(row, *ranks[row["cell"]], _ratio(row, base), row is base, row["cell"] in front) for row in ordered]
+    ranked = [Ranked(row, *ranks[row["cell"]], ratio(row, base), row is base, row["cell"] in front) for row in ordered]
     ranked += [Ranked(row, None, False, None, False, False) for row in rows if row["cell"] not in ranks]
     return Table(model, workload, base, ranked, answers(ordered, base, max_kld))
 
@@ -114,7 +118,8 @@ def is_tie(one: Row, other: Row, name: str = SPEED) -> bool | None:
     return first[0] <= second[1] and second[0] <= first[1]
 
 
-def _ratio(row: Row, base: Row | None) -> Ratio | None:
+def ratio(row: Row, base: Row | None) -> Ratio | None:
+    """The row's speed over the other's; None where there is no other."""
     if base is None:
         return None
     ours, theirs = interval(row), interval(base)
@@ -209,9 +214,34 @@ def _beside(row: Row) -> str:
     return f"{row['unpacked_bytes_per_token'] / 1e6:.1f} MB of unpacked weights per token{beside}"
 
 
+def outrun(rows: Sequence[Row]) -> str:
+    """Which drafts cost more than they save, and why, in words; empty if none, or where there is no greedy cell."""
+    greedy = {_beside_decoding(row): row for row in rows if row["decoding"] == "greedy"}
+    parts = []
+    for row in rows:
+        plain = greedy.get(_beside_decoding(row))
+        if row["acceptance_length"] and plain is not None and row[SPEED] < plain[SPEED] and not is_tie(row, plain):
+            turn = (row["draft_s"] or 0.0) + (row["verify_s"] or 0.0)
+            parts.append(
+                f"{row['name']} gives {row['acceptance_length']:.2f} tokens in {turn * 1e3:.1f} ms "
+                f"({(row['draft_s'] or 0.0) * 1e3:.1f} ms to draft, {(row['verify_s'] or 0.0) * 1e3:.1f} to verify), "
+                f"the time of {turn * plain[SPEED]:.2f} greedy steps"
+            )
+    if not parts:
+        return ""
+    rest = f"; and so it is with {len(parts) - 4} other cells" if len(parts) > 4 else ""
+    return f"Slower than greedy on the same engine: {'; '.join(parts[:4])}{rest}."
+
+
+def _beside_decoding(row: Row) -> tuple[str, ...]:
+    """What a row has in common with another that differs in how it decodes alone."""
+    others = [part for part in row["overrides"].split() if not part.startswith(("decoding=", "decoding."))]
+    return (*(str(row[group]) for group in AXES if group != "decoding"), *others)
+
+
 def _fastest(question: str, candidates: Sequence[Row], base: Row | None) -> Answer:
     best = candidates[0]
-    text = f"{best['name']}, {best[SPEED]:.1f} tok/s{_against(best, base)}"
+    text = f"{best['name']}, {speed_of(best)}{_against(best, base)}"
     tied = [row for row in candidates[1:] if is_tie(best, row)]
     if tied:
         names = ", ".join(row["name"] for row in tied[:4]) + (" and others" if len(tied) > 4 else "")
@@ -228,7 +258,7 @@ def _smallest(question: str, good: Sequence[Row], base: Row | None) -> Answer:
     best = min(sized, key=lambda row: (row["weight_bytes"], -row[SPEED]))
     text = f"{best['name']}, {best['weight_bytes'] / 1e6:.1f} MB of weights"
     if base is not None and best is not base and base["weight_bytes"]:
-        text += f", {best['weight_bytes'] / base['weight_bytes']:.2f}x the baseline's, at {best[SPEED]:.1f} tok/s"
+        text += f", {best['weight_bytes'] / base['weight_bytes']:.2f}x the baseline's, at {speed_of(best)}"
     text += _against(best, base)
     same = [row for row in sized if row is not best and row["weight_bytes"] == best["weight_bytes"]]
     if same:
@@ -238,14 +268,21 @@ def _smallest(question: str, good: Sequence[Row], base: Row | None) -> Answer:
     return Answer(question, text, best)
 
 
+def speed_of(row: Row) -> str:
+    """Its speed with its unit; of a batch, whose speed that is."""
+    together = row[AGGREGATE]
+    speed = f"{row[SPEED]:.1f} tok/s"
+    return f"{speed} a sequence, {together:.1f} tok/s all together" if together else speed
+
+
 def _against(row: Row, base: Row | None) -> str:
-    ratio = _ratio(row, base)
-    if ratio is None or base is None:
+    found = ratio(row, base)
+    if found is None or base is None:
         return "."
     if row is base:
         return ": the baseline itself."
-    spread = "" if ratio.low is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
-    speed = f", {ratio.value:.2f}x{spread} the speed of the baseline {base['name']}"
-    if ratio.tie:
+    spread = "" if found.low is None else f" ({found.low:.2f} to {found.high:.2f})"
+    speed = f", {found.value:.2f}x{spread} the speed of the baseline {base['name']}"
+    if found.tie:
         return speed + ": a tie with it."
-    return speed + ("." if ratio.tie is False else "; one repetition, so the noise is unknown.")
+    return speed + ("." if found.tie is False else "; one repetition, so the noise is unknown.")

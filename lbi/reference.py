@@ -55,7 +55,7 @@ def folders(store: Path, config: LbiConfig, env_id: str) -> dict[str, Path]:
         own["compiler"] = identity.canonical(plain(config.compiler))
     keys = {
         "logits": text,
-        "greedy": common | {"workload": identity.canonical(plain(config.workload))},
+        "greedy": common | {"workload": identity.canonical_workload(replace(config.workload, batch=1))},
         "quality": text | own,
     }
     return {kind: store / "references" / f"{kind}-{digest(kind, key)}" for kind, key in keys.items()}
@@ -92,7 +92,8 @@ def main(folder: Path) -> None:
         raise SystemExit(f"{folder}: there is no request.json")
     config = unquantized(build(LbiConfig, request["config"]))
     prepare(config)
-    from lbi.models import fit_tokens, load, read_text
+    from lbi.models import load
+    from lbi.prompts import fit_tokens, read_text
 
     loaded = load(config.model, config.engine)
     engine = make(config, loaded.model, slots=0)

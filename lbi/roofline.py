@@ -37,11 +37,11 @@ def nominal_bandwidth(device_name: str) -> float | None:
     return next((rate for name, rate in NOMINAL_BYTES_PER_S.items() if name in device_name), None)
 
 
-def bytes_per_token(model: torch.nn.Module, layers: list[Layer], kv_bytes_read: float) -> float:
-    """Bytes that one decode step at batch 1 must read.
+def bytes_per_step(model: torch.nn.Module, layers: list[Layer], kv_bytes_read: float, sequences: int = 1) -> float:
+    """Bytes that one decode step must read, which gives a token to each of `sequences`.
 
-    All weights but the embedding table, of which one row is read, unless the lm_head
-    is the same storage; plus the keys and values.
+    All weights but the embedding table, of which a row a sequence is read, unless the lm_head
+    is the same storage; plus the keys and values of all sequences.
     """
     embedding = model.get_input_embeddings().weight  # of an int8 table too
     head = next((layer for layer in layers if layer.name.endswith("lm_head")), None)
@@ -49,8 +49,8 @@ def bytes_per_token(model: torch.nn.Module, layers: list[Layer], kv_bytes_read: 
         tensor.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr() for tensor in head.seen.tensors
     )
     table = 0 if tied else storage_bytes([embedding])
-    row = embedding.shape[-1] * embedding.element_size()
-    return weight_bytes(model) - table + (0 if tied else row) + kv_bytes_read
+    rows = sequences * embedding.shape[-1] * embedding.element_size()
+    return weight_bytes(model) - table + (0 if tied else rows) + kv_bytes_read
 
 
 def flop_shape(model: Any, layers: list[Layer]) -> dict[str, float]:

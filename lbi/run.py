@@ -65,7 +65,8 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     from lbi.draft_models import load_draft
     from lbi.engines import make
     from lbi.look_inside import look_inside
-    from lbi.models import fit_tokens, load, read_text
+    from lbi.models import load
+    from lbi.prompts import fit_tokens, read_text
 
     with phases("load"):
         steps.check_request(config, request)
@@ -90,6 +91,8 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     # Made after it: engine=fused turns the model's layers into views of its own matrices.
     engine = make(config, loaded.model, slots, draft, loaded.tokenizer)
     layers = steps.read_again(config, loaded.model, layers)
+    draft_layers = steps.read_again(config, draft.model, draft_layers) if draft else []
+    check = check or steps.cache_path(config, loaded.model, engine, prompt, phases)
     steps.warm_up(config, engine, prompt, record, phases)
     steps.keep_tuning(layers, tuning)
     tokens = measuring.measure(config, engine, prompt, record, phases)

@@ -56,16 +56,14 @@ def impossible(config: LbiConfig, facts: ModelFacts) -> str | None:
     if config.decoding.speculative is None and config.decoding.grammar_kind is None:
         return None
     if config.decoding.grammar_kind is not None:
-        if config.engine.kind != "loop":
-            return f"{config.decoding.name} is for engine=loop with cache=static, which masks what it chooses from"
+        if config.engine.kind == "hf":
+            return f"{config.decoding.name} masks what lbi's own loops choose from: use engine=loop with cache=static"
         if config.decoding.speculative not in (None, "lookup"):
             return f"a grammar goes together with speculative=lookup, not with {config.decoding.speculative}"
         if config.model.source == "random":
             return "random weights have no tokenizer, and a grammar is about text"
     if config.engine.kind == "hf":
         return f"{config.decoding.name} is verified by the loop of lbi's own: use engine=loop with cache=static"
-    if config.engine.kind == "fused" and config.decoding.speculative != "lookup":
-        return f"engine=fused has no model to draft with; {config.decoding.name} is for engine=loop"
     if config.cache.kind == "sliding":
         return "a ring of slots has written over older tokens when drafts are dropped from it: use cache=static"
     if config.cache.format is not None and config.compiler.backend == "cudagraph":

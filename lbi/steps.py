@@ -21,7 +21,7 @@ from lbi import environment, identity, lossless, quality, roofline, rules
 from lbi.compilers import CompilerState, counters
 from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig
 from lbi.draft_models import Draft
-from lbi.engines import Engine, make, plain_engine, steps_to_look_at
+from lbi.engines import Engine, Generation, make, plain_engine, steps_to_look_at
 from lbi.errors import BadNumerics, NotApplied, Unsupported
 from lbi.files import BadFile, read_json, write_json
 from lbi.metrics import (
@@ -178,13 +178,40 @@ def plain_path(
         return None
     with phases("plain path"):
         plain = replace(config, engine=plain_engine(config.engine), compiler=PLAIN_COMPILER, cache=PLAIN_CACHE)
-        plain = replace(plain, decoding=PLAIN_DECODING)
+        plain = replace(plain, decoding=PLAIN_DECODING, workload=replace(config.workload, batch=1))
         engine = make(plain, model, slots=0)
         expected = engine.generate(prompt, config.workload.new_tokens, seed=0, inspect=True)
-        at_once = engine.forward(prompt + expected.tokens[:-1])[len(prompt) - 1 :].float().cpu()
+        return _check_against(config, model, engine, prompt, expected, "generate()")
+
+
+def cache_path(
+    config: LbiConfig, model: Any, engine: Any, prompt: list[int], phases: Phases
+) -> Callable[[list[int]], dict[str, Any]] | None:
+    """A check of drafted greedy tokens over a lossy cache against greedy decoding by the same engine over that cache.
+
+    To be had before the engine compiles. None where nothing is drafted, or `plain_path` has the check.
+    """
+    free = config.decoding.kind == "greedy" and config.decoding.grammar is None
+    if config.decoding.speculative is None or not free or config.cache.lossless:
+        return None
+    with phases("plain path"):
+        expected = engine.without_drafts(prompt, config.workload.new_tokens)
+        return _check_against(config, model, engine, prompt, expected, "greedy over the same cache")
+
+
+def _check_against(
+    config: LbiConfig, model: Any, engine: Engine, prompt: list[int], expected: Generation, what: str
+) -> Callable[[list[int]], dict[str, Any]]:
+    """A comparison with what `engine` generated. Raises `BadNumerics` for logits that are not finite."""
+    at_once = engine.forward(prompt + expected.tokens[:-1])[len(prompt) - 1 :].float().cpu()
     if not bool(torch.isfinite(at_once).all()):
         raise BadNumerics("the logits hold NaN or infinity")
-    return lambda tokens: lossless.compare(tokens, expected.tokens, expected.logits, at_once)
+    plain = config.quantizer.family in ("none", "native") and config.cache.format is None
+    arithmetic = lossless.Arithmetic(model.dtype, model.config.num_hidden_layers, plain)
+    return lambda tokens: {
+        "against": what,
+        **lossless.compare(tokens, expected.tokens, expected.logits, at_once, arithmetic),
+    }
 
 
 def warm_up(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> None:
@@ -264,11 +291,13 @@ def place_on_roofline(
     cache, metrics = record.effective["cache"], record.metrics
     # transformers reads a static cache to its end at every step; others are read as far as the text has come.
     depth = cache["slots"] if cache["reads"] == "slots" else prompt_tokens + config.workload.new_tokens / 2
-    bytes_per_token = roofline.bytes_per_token(model, layers, cache["bytes_per_slot"] * depth)
+    # A batch reads the weights once for all of its sequences; the cache's bytes are those of all.
+    batch = config.workload.batch
+    bytes_per_token = roofline.bytes_per_step(model, layers, cache["bytes_per_slot"] * depth, batch) / batch
     if draft is not None:
         own = cache.get("draft", cache)
         share = draft[0].config.num_hidden_layers / model.config.num_hidden_layers if own is cache else 1.0
-        once = roofline.bytes_per_token(*draft, own["bytes_per_slot"] * depth * share)
+        once = roofline.bytes_per_step(*draft, own["bytes_per_slot"] * depth * share)
         bytes_per_token += once * float(metrics.get("draft_length") or 0.0)
     # A verification reads what a decode step reads, and gives several tokens.
     bytes_per_token /= metrics.get("acceptance_length") or 1.0
@@ -276,9 +305,9 @@ def place_on_roofline(
     with phases("roofline"):
         name = f"{request['env_id']}-{config.engine.threads or 'all'}-{config.model.dtype}"
         peaks = roofline.measured_peaks(Path(request["devices"]), name, config.engine.device, model.dtype)
-    speed, prefill_s = float(metrics["decode_tok_s"] or 0.0), float(metrics["ttft_s"] or 0.0)
+    speed, prefill_s = float(metrics["decode_tok_s"] or 0.0) * batch, float(metrics["ttft_s"] or 0.0)
     metrics["mbu_measured"] = model_bandwidth_utilization(bytes_per_token, speed, peaks["read_bytes_per_s"])
-    flop = prefill_flop(roofline.flop_shape(model, layers), prompt_tokens)
+    flop = prefill_flop(roofline.flop_shape(model, layers), prompt_tokens) * batch
     metrics["mfu_measured"] = flop / prefill_s / peaks["matmul_flop_per_s"]
     nominal = roofline.nominal_bandwidth(request["device_name"])
     if nominal is None:

@@ -33,7 +33,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         raise InputError("collect", " ".join(arguments), "reads the store alone", "Add --from-wandb to ask W&B")
     if not Path(given.store).is_dir() and not from_wandb:
         raise InputError("store", given.store, "there is no such store", "Name it with --store or LBI_STORE")
-    store = Store.open(given.store, write=verb not in ("status", "logs"))
+    store = Store.open(given.store, write=verb not in ("status", "logs", "recipe", "trace"))
     sweep = _fetched(store, given) if from_wandb else find(store, given.sweep)
     return VERBS[verb](store, sweep, given)
 
@@ -44,6 +44,14 @@ def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument("sweep", help="name of a sweep, or its beginning")
         parser.add_argument("cell", help="number of a cell, a part of its name, or its run id")
         parser.add_argument("-f", "--follow", action="store_true", help="go on as the log grows")
+    elif verb == "trace":
+        parser.add_argument("run", help="run id, or number or part of the name of a cell of the sweep")
+        parser.add_argument("other", nargs="?", help="another one, which the first is compared with")
+        parser.add_argument("--sweep", help="name of a sweep, or its beginning; left out: the newest")
+    elif verb == "recipe":
+        parser.add_argument("run", help="run id, or number or part of the name of a cell of the sweep")
+        parser.add_argument("--sweep", help="name of a sweep, or its beginning; left out: the newest")
+        parser.add_argument("-o", "--output", help="file to write; left out: the script is printed")
     else:
         parser.add_argument("sweep", nargs="?", help="name of a sweep, or its beginning; left out: the newest")
     parser.add_argument("--store", default=os.environ.get("LBI_STORE", "lbi_store"), help="folder of the store")
@@ -53,6 +61,7 @@ def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument("filter", nargs="?", help="only cells whose name has this part")
     if verb == "report":
         parser.add_argument("--baseline", help="cell that ratios refer to, by a part of its name or its run id")
+        parser.add_argument("--against", help="another sweep, or an env_id, that each cell is compared with")
         parser.add_argument("--max-kld", type=float, help="bound on the mean KLD of an answer, in nats")
     if verb == "collect":
         parser.add_argument("--from-wandb", action="store_true", help="fetch what this store lacks from W&B first")
@@ -108,13 +117,27 @@ def _cancel(store: Store, sweep: str, given: argparse.Namespace) -> int:
 
 
 def _report(store: Store, sweep: str, given: argparse.Namespace) -> int:
+    from lbi.comparing import resolve
     from lbi.drive import write_reports
     from lbi.sweep_folder import change_header
 
-    if given.baseline or given.max_kld is not None:
-        change_header(store, sweep, baseline=given.baseline, max_kld=given.max_kld)
+    against = resolve(store, given.against) if given.against else None
+    if given.baseline or against or given.max_kld is not None:
+        change_header(store, sweep, baseline=given.baseline, max_kld=given.max_kld, against=against)
     write_reports(store, sweep)
     return 0
+
+
+def _recipe(store: Store, sweep: str, given: argparse.Namespace) -> int:
+    from lbi.recipe import script
+
+    return script.show(store, sweep, given.run, given.output)
+
+
+def _trace(store: Store, sweep: str, given: argparse.Namespace) -> int:
+    from lbi import compare_traces
+
+    return compare_traces.show(store, sweep, given.run, given.other)
 
 
 def _collect(store: Store, sweep: str, given: argparse.Namespace) -> int:
@@ -173,4 +196,6 @@ VERBS = {
     "collect": _collect,
     "sync": _sync,
     "dashboard": _dashboard,
+    "recipe": _recipe,
+    "trace": _trace,
 }

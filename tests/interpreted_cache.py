@@ -48,7 +48,7 @@ def check(kind: CacheFormat, heads: int, kv_heads: int) -> None:
         queries, out = torch.randn(heads, kind.width), torch.empty(heads, kind.width)
         splits = 3
         scratch = (
-            torch.zeros(cache_gpu.scratch_size(kind, heads, kv_heads, splits)),
+            torch.zeros(cache_gpu.scratch_size(kind.width, heads, splits)),
             torch.zeros(kv_heads, dtype=torch.int32),
         )
         position, angles = torch.tensor([now], dtype=torch.int32), (cos, sin) if now % 2 else None

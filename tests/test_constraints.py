@@ -49,6 +49,13 @@ def test_what_is_refused_fails_or_is_silently_wrong(name: str, tmp_path: Path) -
     assert status in ENDS or other_tokens, f"{name}: ended {status}; the rule says {constraints.reason(name)}"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loop_that_keeps_the_wrong_rope_is_no_tie(dtype: str, tmp_path: Path) -> None:
+    """Both plain ways differ there by more than ten, for one pass has the long factors from the first token on."""
+    overrides = (*constraints.EXAMPLES["loop_needs_fixed_rope"].overrides, f"model.dtype={dtype}")
+    assert outcome(overrides, tmp_path)[0] == "numerics"
+
+
 @pytest.mark.slow
 def test_what_no_rule_refuses_ends_with_a_number(tmp_path: Path) -> None:
     """The same way of trying, on cells that can run: the trials above do not fail for a reason of their own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -31,6 +32,18 @@ def test_speeds_on_a_synthetic_clock() -> None:
         "generate_tok_s": 5 / 4.5,
     }
     assert CLOCK.between_tokens_s() == [0.5] * 4
+    assert "decode_tok_s_aggregate" not in summarize([CLOCK])
+
+
+def test_a_batch_has_the_speed_of_one_sequence_and_that_of_all() -> None:
+    of_four = replace(CLOCK, sequences=4)
+    assert of_four.speeds() == CLOCK.speeds() | {"decode_tok_s_aggregate": 8.0}
+    found = summarize([of_four, of_four])
+    assert (found["decode_tok_s"], found["decode_tok_s_aggregate"], found["decode_tok_s_aggregate_hi"]) == (
+        2.0,
+        8.0,
+        8.0,
+    )
 
 
 def test_a_summary_takes_medians_and_ranges() -> None:

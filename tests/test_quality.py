@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,9 @@ def test_first_divergence_counts_equal_tokens() -> None:
     assert quality.first_divergence([5], [1]) == 0
 
 
+HALF = lossless.Arithmetic(torch.bfloat16, layers=20, plain=True)
+
+
 def two_ways(gap: float, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of three steps computed in two ways; at step 1 token 7 leads token 3 by `gap`."""
     stepwise = torch.zeros(3, 10)
@@ -118,12 +122,12 @@ def two_ways(gap: float, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_equal_tokens_are_equal() -> None:
     stepwise, at_once = two_ways(1.0, 0.1)
-    assert lossless.compare([7, 7, 7], [7, 7, 7], stepwise, at_once) == {"verdict": "equal", "tokens": 3}
+    assert lossless.compare([7, 7, 7], [7, 7, 7], stepwise, at_once, HALF) == {"verdict": "equal", "tokens": 3}
 
 
 def test_a_difference_within_the_models_own_noise_is_a_tie() -> None:
     stepwise, at_once = two_ways(gap=0.15, noise=0.1)
-    found = lossless.compare([7, 3, 1], [7, 7, 7], stepwise, at_once)
+    found = lossless.compare([7, 3, 1], [7, 7, 7], stepwise, at_once, HALF)
     assert found["verdict"] == "tie"
     assert found["first_divergence"] == 1
     assert found["logit_gap"] == pytest.approx(0.15)
@@ -133,4 +137,24 @@ def test_a_difference_within_the_models_own_noise_is_a_tie() -> None:
 def test_a_difference_beyond_the_noise_is_an_error() -> None:
     stepwise, at_once = two_ways(gap=0.5, noise=0.1)
     with pytest.raises(BadNumerics, match="token 1"):
-        lossless.compare([7, 3, 7], [7, 7, 7], stepwise, at_once)
+        lossless.compare([7, 3, 7], [7, 7, 7], stepwise, at_once, HALF)
+
+
+def test_two_ways_that_are_far_apart_make_nothing_a_tie() -> None:
+    """One of them is wrong then: what is called noise is bounded by what rounding explains."""
+    stepwise, at_once = two_ways(gap=3.0, noise=20.0)
+    for arithmetic in (HALF, replace(HALF, plain=False), replace(HALF, layers=500)):
+        with pytest.raises(BadNumerics, match="up to 20 apart"):
+            lossless.compare([7, 3, 7], [7, 7, 7], stepwise, at_once, arithmetic)
+    near, _ = two_ways(gap=1e-4, noise=0.0)
+    exact = replace(HALF, dtype=torch.float32)
+    assert lossless.compare([7, 3, 7], [7, 7, 7], near, near, exact)["verdict"] == "tie"
+    with pytest.raises(BadNumerics):
+        lossless.compare([7, 3, 7], [7, 7, 7], *two_ways(gap=0.01, noise=0.1), exact)
+
+
+def test_noise_grows_with_layers_and_roundings_and_not_without_end() -> None:
+    shares = [replace(HALF, layers=layers).largest_share() for layers in (2, 10, 1000)]
+    assert shares == pytest.approx([3 / 128, 11 / 128, 0.125])
+    assert replace(HALF, dtype=torch.float32).largest_share() == pytest.approx(21 * 16 * 2.0**-23)
+    assert replace(HALF, dtype=torch.float32, plain=False).largest_share() == 0.125

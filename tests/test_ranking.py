@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lbi.collect import Row, metric_columns
-from lbi.ranking import answers, disturbance, is_tie, pareto, tables, unfused
+from lbi.ranking import answers, disturbance, is_tie, outrun, pareto, tables, unfused
 
 
 def row(cell: int, speed: float | None, noise: float = 0.0, kld: float | None = 0.0, **more: Any) -> Row:
@@ -22,6 +22,7 @@ def row(cell: int, speed: float | None, noise: float = 0.0, kld: float | None = 
         "decoding": "greedy",
         "cache": "dynamic",
         "workload": "w",
+        "overrides": "",
         "flags": [],
         **dict.fromkeys(metric_columns()),
     }
@@ -142,3 +143,19 @@ def test_only_the_worst_of_many_unfused_cells_are_named() -> None:
     assert text.startswith("Weight-only without fusion: the decode step of cell 7 writes 7.0 MB of unpacked weights")
     assert "beside" not in text
     assert "; and so do 3 other cells." in text
+
+
+def test_drafts_that_lose_to_greedy_say_what_they_cost() -> None:
+    turn = {"acceptance_length": 2.0, "draft_s": 0.3, "verify_s": 0.1, "decoding": "speculative_draft"}
+    greedy = row(0, 10, 0.5, quantizer="q", overrides="decoding=greedy quantizer=q")
+    slow = row(1, 5, 0.1, quantizer="q", overrides="quantizer=q decoding=speculative_draft decoding.draft=x", **turn)
+    text = outrun([greedy, slow])
+    assert "cell 1 gives 2.00 tokens in 400.0 ms (300.0 ms to draft, 100.0 to verify)" in text
+    assert "the time of 4.00 greedy steps" in text
+    # A tie, a faster one, or another engine's greedy is no loss.
+    for other in (
+        row(1, 9.8, 0.5, quantizer="q", overrides=slow["overrides"], **turn),
+        row(1, 20, 0.1, quantizer="q", overrides=slow["overrides"], **turn),
+        row(1, 5, 0.1, quantizer="q", engine="loop", overrides=slow["overrides"], **turn),
+    ):
+        assert outrun([greedy, other]) == ""

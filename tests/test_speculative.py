@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -299,7 +299,7 @@ def test_a_seed_draws_the_same_text_again_and_penalties_count_what_stood(config:
     assert engine.generate([1, 2, 3], 30, seed=1).tokens == one
     # The last verification may have gone on beyond the thirtieth token.
     own, seen = (engine._own, engine._own.seen) if kind == "loop" else (engine.llama.steps, engine._seen)
-    text = own.tokens[3 : int(own.position) + 1].tolist()
+    text = own.tokens.flatten()[3 : int(own.position) + 1].tolist()
     assert text[:30] == one
     assert seen[0].nonzero()[:, 0].tolist() == sorted({1, 2, 3, *text})
 
@@ -325,25 +325,38 @@ def test_each_verification_is_one_compiled_graph(config: MakeConfig, knobs: list
     assert (after["graphs"] - before["graphs"], after["graph_breaks"] - before["graph_breaks"]) == (2, 0)
 
 
+class Graph:
+    """A stand-in for a CUDA graph, which warms up, captures and restores as one does."""
+
+    captured: ClassVar[list[int]] = []
+
+    def __init__(self, call: Callable[[], Any], restore: Callable[[], None]) -> None:
+        self.call, self.replays = call, 0
+        for _ in range(4):
+            found = call()
+            if found is not None:
+                self.captured.append(len(found))
+            restore()
+
+    def __call__(self) -> Any:
+        self.replays += 1
+        return self.call()
+
+
+@pytest.fixture
+def graph(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
+    """Graphs are stand-ins, and `captured` has the rows of each call that captured a verification."""
+    for module in ("speculative", "model_drafter", "fused_drafter"):
+        monkeypatch.setattr(f"lbi.engines.{module}.GraphedCall", Graph)
+    monkeypatch.setattr(Graph, "captured", [])
+    return Graph
+
+
+@pytest.mark.parametrize("kind", ["loop", "fused"])
 def test_verifications_are_captured_once_by_their_number_of_drafts(
-    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    config: MakeConfig, graph: type[Graph], kind: str
 ) -> None:
-    """With a stand-in for a CUDA graph, which warms up, captures and restores as one does."""
-    captured: list[int] = []
-
-    class Graph:
-        def __init__(self, call: Callable[[], Any], restore: Callable[[], None]) -> None:
-            self.call, self.replays = call, 0
-            for _ in range(4):
-                captured.append(len(call()))
-                restore()
-
-        def __call__(self) -> Any:
-            self.replays += 1
-            return self.call()
-
-    monkeypatch.setattr("lbi.engines.loop_speculative.GraphedCall", Graph)
-    knobs = [LOOKUP, "decoding.draft_tokens=4", "decoding.adaptive=true"]
+    knobs = [LOOKUP, f"engine={kind}", "decoding.draft_tokens=4", "decoding.adaptive=true"]
     cells = [config(f"compiler={name}", *knobs) for name in ("eager", "cudagraph")]
     model = load(cells[0].model, cells[0].engine).model
     plain, graphed = (make(cell, model, slots=40) for cell in cells)
@@ -352,11 +365,29 @@ def test_verifications_are_captured_once_by_their_number_of_drafts(
         wanted = plain.generate(prompt, new, seed=0)
         found = graphed.generate(prompt, new, seed=0)
         assert found.tokens == wanted.tokens
-    assert captured == [1] * 4 + [2] * 4 + [3] * 4 + [5] * 4
+    assert graph.captured == [1] * 4 + [2] * 4 + [3] * 4 + [5] * 4
     graphs = graphed.graphs()
     assert isinstance(graphs, Graphs)
     assert graphs.captured == 4
     assert graphs.replays > 2
+
+
+@pytest.mark.parametrize("kind", ["loop", "fused"])
+@pytest.mark.parametrize("shares_cache", [True, False])
+def test_drafts_of_a_model_are_captured_beside(
+    config: MakeConfig, graph: type[Graph], kind: str, shares_cache: bool
+) -> None:
+    own = [f"engine={kind}", "decoding=speculative_draft", "decoding.draft=tiny_random", "compiler=cudagraph"]
+    cell = config(*own, arch=SHAPES["gqa3-80"])
+    model = load(cell.model, cell.engine).model
+    engine: Any = make(cell, model, 60, Draft(shared_copy(model), shares_cache))
+    engine.compile()
+    for prompt, new in (([1, 2, 3], 31), ([5], 16)):
+        found = engine.generate(prompt, new, seed=3)
+        assert found.speculation.accepted == found.speculation.drafted
+        assert found.speculation.verifications == (new - 1) // 5
+    # One for four drafts, one for their verification.
+    assert engine.graphs() == Graphs(captured=2, replays=2 * (6 + 3))
 
 
 def test_the_device_is_asked_once_a_verification(config: MakeConfig) -> None:
@@ -396,12 +427,20 @@ def drafted_by(cell: LbiConfig, model: Any, draft: Any, slots: int) -> Any:
     [
         ["decoding=speculative_self", "decoding.draft_quantizer=hqq4", "decoding.draft_layers=1"],
         ["decoding=speculative_draft", "decoding.adaptive=true"],
+        ["engine=fused", "decoding=speculative_self", "decoding.draft_quantizer=native_w8"],
+        ["engine=fused", "decoding=speculative_self", "decoding.draft_quantizer=null", "decoding.draft_layers=1"],
+        ["engine=fused", "decoding=speculative_draft", "decoding.adaptive=true"],
+        ["engine=fused", "cache=static_int8", "decoding=speculative_self", "decoding.draft_quantizer=native_w8"],
+        ["engine=fused", "cache=static_fp8", "decoding=speculative_draft"],
+        ["cache=static_int8", "decoding=speculative_self", "decoding.draft_quantizer=native_w8"],
     ],
 )
 def test_drafts_of_a_model_leave_the_text_as_it_is(config: MakeConfig, name: str, knobs: list[str]) -> None:
-    greedy, cell = config(arch=SHAPES[name]), config(*knobs, arch=SHAPES[name])
+    arch = SHAPES[name] | {"intermediate_size": 160}
+    cell = config(*knobs, arch=arch)
+    greedy = config(f"engine={cell.engine.kind}", f"cache={cell.cache.name}", arch=arch)
     model = load(greedy.model, greedy.engine).model
-    plain = make(greedy, model, slots=80)
+    plain = make(greedy, load(greedy.model, greedy.engine).model, slots=80)
     other = load(replace(greedy.model, seed=5), greedy.engine).model
     draft = load_draft(cell, model) if cell.decoding.speculative == "self" else Draft(other, shares_cache=False)
     engine = drafted_by(cell, model, draft, slots=80)
@@ -414,19 +453,25 @@ def test_drafts_of_a_model_leave_the_text_as_it_is(config: MakeConfig, name: str
 
 
 @pytest.mark.parametrize(
-    ("compiler", "shares_cache", "knobs"),
+    ("kind", "compiler", "shares_cache", "knobs"),
     [
-        *(("eager", shares_cache, knobs) for shares_cache in (True, False) for knobs in ([], SAMPLED)),
-        pytest.param("inductor", True, SAMPLED, marks=pytest.mark.slow),
-        pytest.param("inductor", False, [], marks=pytest.mark.slow),
+        *(
+            (kind, "eager", shares_cache, knobs)
+            for kind in ("loop", "fused")
+            for shares_cache in (True, False)
+            for knobs in ([], SAMPLED, [*SAMPLED, "decoding.repetition_penalty=1.5"])
+        ),
+        pytest.param("loop", "inductor", True, SAMPLED, marks=pytest.mark.slow),
+        pytest.param("loop", "inductor", False, [], marks=pytest.mark.slow),
     ],
 )
 def test_a_draft_that_is_the_model_is_always_right(
-    config: MakeConfig, compiler: str, shares_cache: bool, knobs: list[str]
+    config: MakeConfig, kind: str, compiler: str, shares_cache: bool, knobs: list[str]
 ) -> None:
     """Which it is only if each of its steps sees what the model sees: caches, positions, what was dropped."""
     arch = SHAPES["gqa3-80"]
-    cell = config("decoding=speculative_draft", "decoding.draft=tiny_random", f"compiler={compiler}", *knobs, arch=arch)
+    own = [f"engine={kind}", "decoding=speculative_draft", "decoding.draft=tiny_random", f"compiler={compiler}"]
+    cell = config(*own, *knobs, arch=arch)
     model = load(cell.model, cell.engine).model
     engine: Any = make(cell, model, 60, Draft(shared_copy(model), shares_cache))
     if compiler != "eager":
@@ -437,9 +482,11 @@ def test_a_draft_that_is_the_model_is_always_right(
         assert found.speculation.verifications == (new - 1) // 5
 
 
-def test_a_draft_recovers_from_what_was_wrong(config: MakeConfig) -> None:
+@pytest.mark.parametrize("kind", ["loop", "fused"])
+def test_a_draft_recovers_from_what_was_wrong(config: MakeConfig, kind: str) -> None:
     """With the model itself as the draft, spoilt now and then, all other drafts stand."""
-    cell = config("decoding=speculative_draft", "decoding.draft=tiny_random", arch=SHAPES["gqa3-80"])
+    own = [f"engine={kind}", "decoding=speculative_draft", "decoding.draft=tiny_random"]
+    cell = config(*own, arch=SHAPES["gqa3-80"])
     model = load(cell.model, cell.engine).model
     for shares_cache in (True, False):
         engine: Any = make(cell, model, 90, Draft(shared_copy(model), shares_cache))
@@ -476,6 +523,18 @@ def test_a_draft_shares_what_it_does_not_quantize(config: MakeConfig, tmp_path: 
     assert record.effective["weights"] != record.effective["draft"]["weights"]
 
 
+def test_a_draft_of_the_first_blocks_on_fused_is_in_memory_once(config: MakeConfig) -> None:
+    own = ["engine=fused", "decoding=speculative_self", "decoding.draft_layers=1"]
+    cells = [config(*own, f"decoding.draft_quantizer={name}") for name in ("null", "native_w8")]
+    for cell, is_shared in zip(cells, (True, False), strict=True):
+        model = load(cell.model, cell.engine).model
+        engine: Any = drafted_by(cell, model, load_draft(cell, model), slots=40)
+        drafts, own_layer = engine._by_model.llama.layers, engine.llama.layers[0]
+        assert (drafts[0] is own_layer) == is_shared
+        assert drafts[0].keys is own_layer.keys
+        assert len(drafts) == 1
+
+
 def test_a_draft_that_does_not_fit_is_refused(config: MakeConfig) -> None:
     cell = config()
     model = load(cell.model, cell.engine).model
@@ -505,7 +564,16 @@ def test_what_drafts_is_part_of_the_identity(plan: MakePlan) -> None:
 
 
 @pytest.mark.parametrize(
-    "knobs", [["decoding=speculative_lookup"], ["decoding=speculative_self", "decoding.draft_quantizer=int8_wo"]]
+    "knobs",
+    [
+        ["decoding=speculative_lookup"],
+        ["decoding=speculative_self", "decoding.draft_quantizer=int8_wo"],
+        ["engine=fused", "decoding=speculative_lookup"],
+        ["engine=fused", "decoding=speculative_self", "decoding.draft_quantizer=native_w8"],
+        ["engine=fused", "decoding=speculative_draft", "decoding.draft=tiny_random"],
+        ["cache=static_int8", "decoding=speculative_self", "decoding.draft_quantizer=int8_wo"],
+        ["engine=fused", "cache=static_int4", "decoding=speculative_lookup"],
+    ],
 )
 def test_a_run_says_what_was_accepted(run_lbi: Callable[..., Any], tmp_path: Path, knobs: list[str]) -> None:
     ran = run_lbi(
@@ -518,10 +586,14 @@ def test_a_run_says_what_was_accepted(run_lbi: Callable[..., Any], tmp_path: Pat
         (row,) = csv.DictReader(file)
     effective = json.loads((Path(row["folder"]) / "effective.json").read_text())
     assert effective["lossless"]["verdict"] == "equal"
+    low_bit = "cache=static_int" in " ".join(knobs)
+    assert effective["lossless"]["against"] == ("greedy over the same cache" if low_bit else "generate()")
     assert float(row["acceptance_length"]) >= 1
     assert float(row["verify_s"]) > 0
-    if "lookup" not in knobs[0]:
-        assert effective["draft"]["weights"]["quantized_fraction"] > 0
+    if "lookup" not in " ".join(knobs):
+        drafts_itself = "decoding=speculative_self" in knobs
+        assert (effective["draft"]["weights"]["quantized_fraction"] > 0) == drafts_itself
+        assert ("draft" in effective["cache"]) != drafts_itself
         assert float(row["draft_length"]) == 4
         passes = float(row["bytes_per_token"]) * float(row["acceptance_length"])
         assert passes > 2 * float(row["weight_bytes"]) / 4
@@ -553,14 +625,20 @@ def test_what_cannot_forget_is_refused(config: MakeConfig) -> None:
         ([LOOKUP, "engine=loop", "cache=static", "decoding.ngram=null"], "speculation_is_complete", "decoding.ngram"),
         ([LOOKUP, "engine=loop", "cache=static", "decoding.top_k=3"], "unused_knob", "decoding.top_k"),
         (["+decoding.draft_tokens=3"], "unused_knob", "decoding.draft_tokens"),
-        (["decoding=speculative_self", "engine=fused", "cache=static"], "speculation_needs_own_loop", "engine=loop"),
+        (["decoding=speculative_self"], "speculation_needs_own_loop", "engine=loop"),
+        (
+            ["decoding=speculative_self", "engine=fused", "cache=static", "decoding.draft_quantizer=int8_wo"],
+            "fused_reads_it",
+            "the draft's",
+        ),
     ],
 )
 def test_what_cannot_be_is_pruned(plan: MakePlan, overrides: list[str], rule: str, part: str) -> None:
     cell = plan(*overrides).cells[0]
     assert (cell.verdict, cell.rule) == (PRUNED, rule)
     assert part in cell.reason
-    assert [cell.verdict for cell in plan(LOOKUP, "engine=loop,fused", "cache=static").cells] == [RUN, RUN]
+    cells = plan(LOOKUP + ",speculative_self", "engine=loop,fused", "cache=static").cells
+    assert [cell.verdict for cell in cells] == [RUN] * 4
 
 
 def test_drafts_are_part_of_the_identity_where_they_are_used(plan: MakePlan) -> None:

@@ -55,7 +55,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def config(plan: MakePlan) -> MakeConfig:
-    """A structured cell of engine=loop in float32, whatever the rules say of it."""
+    """A structured cell of engine=loop, or another, in float32, whatever the rules say of it."""
 
     def made(grammar: Any, *overrides: str, kind: str = "json_schema", option: str = "structured") -> LbiConfig:
         common = ["model.dtype=float32", "engine=loop", "cache=static", "sweep.prune=false", f"decoding={option}"]
@@ -87,10 +87,11 @@ LIST = {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems"
 
 @pytest.mark.parametrize("knobs", [["decoding.fast_forward=false"], ["decoding.draft_tokens=5"], []])
 @pytest.mark.parametrize("option", ["structured", "structured_lookup"])
+@pytest.mark.parametrize("kind", ["loop", "fused"])
 def test_tokens_are_those_of_a_mask_at_every_step(
-    config: MakeConfig, tokenizer: Any, option: str, knobs: list[str]
+    config: MakeConfig, tokenizer: Any, option: str, kind: str, knobs: list[str]
 ) -> None:
-    cell = config(LIST, *knobs, option=option)
+    cell = config(LIST, f"engine={kind}", *knobs, option=option)
     model = load(cell.model, cell.engine).model
     engine = make(cell, model, 160, tokenizer=tokenizer)
     for prompt in ([1, 2, 3], tokenizer("a list of colours: ")["input_ids"]):
@@ -108,9 +109,10 @@ def test_tokens_are_those_of_a_mask_at_every_step(
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_sampled_texts_follow_their_schema(config: MakeConfig, tokenizer: Any, name: str) -> None:
+@pytest.mark.parametrize("kind", ["loop", "fused"])
+def test_sampled_texts_follow_their_schema(config: MakeConfig, tokenizer: Any, kind: str, name: str) -> None:
     knobs = ["decoding.kind=sampling", "decoding.temperature=1.0", "decoding.seed=0"]
-    cell = config(SCHEMAS[name], *knobs)
+    cell = config(SCHEMAS[name], f"engine={kind}", *knobs)
     model = load(cell.model, cell.engine).model
     engine = make(cell, model, 700, tokenizer=tokenizer)
     texts = set()
@@ -154,7 +156,10 @@ def test_masks_are_unpacked_bit_by_bit() -> None:
     assert torch.equal(found == float("-inf"), ~allowed)
 
 
-def test_pass_and_choice_are_a_graph_each(config: MakeConfig, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["loop", "fused"])
+def test_pass_and_choice_are_a_graph_each(
+    config: MakeConfig, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     """With a stand-in for a CUDA graph, whose output has one place in memory."""
 
     class Graph:
@@ -170,9 +175,9 @@ def test_pass_and_choice_are_a_graph_each(config: MakeConfig, tokenizer: Any, mo
                 self.output.copy_(fresh)
             return self.output
 
-    for module in ("loop_speculative", "loop_structured"):
-        monkeypatch.setattr(f"lbi.engines.{module}.GraphedCall", Graph)
-    cells = [config(LIST, f"compiler={name}", "decoding.draft_tokens=4") for name in ("eager", "cudagraph")]
+    monkeypatch.setattr("lbi.engines.speculative.GraphedCall", Graph)
+    own = [f"engine={kind}", "decoding.draft_tokens=4"]
+    cells = [config(LIST, f"compiler={name}", *own) for name in ("eager", "cudagraph")]
     model = load(cells[0].model, cells[0].engine).model
     plain, graphed = (make(cell, model, 160, tokenizer=tokenizer) for cell in cells)
     graphed.compile()
@@ -228,11 +233,12 @@ def test_what_cannot_be_is_pruned(plan: MakePlan, tmp_path: Path) -> None:
         return plan("engine=loop", "cache=static", *overrides, model=model).cells[0]
 
     assert cell("decoding=structured").verdict == RUN
+    assert cell("decoding=structured", "engine=fused").verdict == RUN
     assert cell("decoding=structured_lookup").verdict == RUN
     for overrides, rule in (
         (["decoding=structured", "decoding.grammar='[a-'", "decoding.grammar_kind=regex"], "grammar_can_be_followed"),
         (["decoding=structured", "decoding.grammar=null"], "speculation_is_complete"),
-        (["decoding=structured", "engine=fused"], "speculation_needs_own_loop"),
+        (["decoding=structured", "engine=hf"], "speculation_needs_own_loop"),
     ):
         found = cell(*overrides)
         assert (found.verdict, found.rule) == (PRUNED, rule)

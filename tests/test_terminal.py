@@ -73,7 +73,7 @@ def test_events_of_several_threads_do_not_mix(live: Any, monkeypatch: pytest.Mon
 def test_a_row_that_unpacks_whole_weights_is_tagged_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = {"decode_tok_s": 4.7, "bytes_per_token": 163e6, "unpacked_bytes_per_token": 212.3e6}
     shared = {**dict.fromkeys(metric_columns()), "status": "ok", "model": "m", "workload": "w"}
-    shared |= dict.fromkeys(("engine", "quantizer", "compiler", "decoding", "cache"), "")
+    shared |= dict.fromkeys(("engine", "quantizer", "compiler", "decoding", "cache", "overrides"), "")
     rows = [shared | {"cell": 0, "name": "none", "run_id": "a", "flags": [], "decode_tok_s": 9.0}]
     rows.append(shared | {"cell": 1, "name": "fp8_wo", "run_id": "b", "flags": [NO_FUSION]} | numbers)
     out = Console(file=io.StringIO(), width=250, highlight=False)

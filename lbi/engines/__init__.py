@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from lbi.config import EngineConfig, LbiConfig
+from lbi.errors import Unsupported
 from lbi.metrics import Speculation, Timing
 
 Mark = Callable[[int], AbstractContextManager[Any]]
@@ -29,6 +30,8 @@ class Generation:
     speculation: Speculation | None = None
     finished: bool = False
     """The text came to its own end before `new_tokens`."""
+    batch: tuple[list[int], ...] = ()
+    """The tokens of each sequence of a batch, of which `tokens` and `logits` are the first's; empty without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +71,12 @@ class Engine(Protocol):
 def make(config: LbiConfig, model: Any, slots: int, draft: Any = None, tokenizer: Any = None) -> Engine:
     """The engine of a cell. `model` is already quantized; `slots` is the length of a static cache, in tokens.
 
-    `draft` is the `Draft` of speculative decoding by a model, `tokenizer` what structured decoding needs.
+    `draft` is the `Draft` of speculative decoding by a model, `tokenizer` what structured decoding needs. Raises
+    `Unsupported` for a batch that the cell's engine, decoding or cache has no room for.
     """
+    why = batch_problem(config)
+    if why is not None:
+        raise Unsupported(why)
     if config.engine.kind == "loop" and config.decoding.grammar is not None:
         from lbi.engines.loop_structured import StructuredLoop
 
@@ -82,10 +89,14 @@ def make(config: LbiConfig, model: Any, slots: int, draft: Any = None, tokenizer
         from lbi.engines.loop import LoopEngine
 
         return LoopEngine(model, config, slots)
+    if config.engine.kind == "fused" and config.decoding.grammar is not None:
+        from lbi.engines.fused_structured import StructuredFused
+
+        return StructuredFused(model, config, slots, tokenizer)
     if config.engine.kind == "fused" and config.decoding.speculative is not None:
         from lbi.engines.fused_speculative import SpeculativeFused
 
-        return SpeculativeFused(model, config, slots)
+        return SpeculativeFused(model, config, slots, draft)
     if config.engine.kind == "fused":
         from lbi.engines.fused import FusedEngine
 
@@ -93,6 +104,20 @@ def make(config: LbiConfig, model: Any, slots: int, draft: Any = None, tokenizer
     from lbi.engines.hf import HfEngine
 
     return HfEngine(model, config, slots)
+
+
+def batch_problem(config: LbiConfig) -> str | None:
+    """Why a cell cannot decode several sequences at once; None if it can, or has only one."""
+    if config.workload.batch == 1:
+        return None
+    if config.engine.kind != "loop":
+        return f"engine={config.engine.kind} decodes one sequence: use engine=loop, or workload.batch=1"
+    decoding, cache = config.decoding, config.cache
+    if decoding.kind != "greedy" or decoding.speculative is not None or decoding.grammar is not None:
+        return f"{decoding.name} is for one sequence: use decoding=greedy, or workload.batch=1"
+    if cache.kind != "static" or cache.format is not None:
+        return f"cache={cache.name} holds one sequence: use cache=static, or workload.batch=1"
+    return None
 
 
 def plain_engine(engine: EngineConfig) -> EngineConfig:

@@ -79,7 +79,7 @@ class FusedEngine(LaunchingEngine):
 
     def _text(self) -> torch.Tensor:
         text: torch.Tensor = self.llama.steps.tokens
-        return text
+        return text[None]
 
     def _run(self, count: int) -> list[torch.Tensor]:
         """`count` decode steps; see `Steps`."""
@@ -90,19 +90,23 @@ class FusedEngine(LaunchingEngine):
         return logits
 
     def _describe_cache(self) -> dict[str, Any]:
-        """Class, slots, type and storage of the cache, and that a step reads it as far as the text has come."""
-        layers, slots = self.llama.layers, self.llama.shape.slots
-        tensors = [part for layer in layers for held in (layer.keys, layer.values) for part in parts_of(held)]
-        stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return {
-            "class": "FusedCache",
-            "layer_class": "Layer",
-            "dtype": self.config.cache.format or str(tensors[0].dtype).removeprefix("torch."),
-            "slots": slots,
-            "bytes": stored,
-            "bytes_per_slot": stored // slots,
-            "reads": "live",
-        }
+        return describe_slots(self.llama)
+
+
+def describe_slots(llama: Llama) -> dict[str, Any]:
+    """Class, slots, type and storage of the cache, and that a step reads it as far as the text has come."""
+    slots = llama.shape.slots
+    tensors = [part for layer in llama.layers for held in (layer.keys, layer.values) for part in parts_of(held)]
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return {
+        "class": "FusedCache",
+        "layer_class": "Layer",
+        "dtype": str(tensors[0].dtype).removeprefix("torch.") if llama.cache is None else llama.cache.name,
+        "slots": slots,
+        "bytes": stored,
+        "bytes_per_slot": stored // slots,
+        "reads": "live",
+    }
 
 
 def parts_of(held: torch.Tensor | Rows) -> tuple[torch.Tensor, ...]:

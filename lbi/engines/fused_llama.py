@@ -49,9 +49,14 @@ class Layer:
 
 
 class Llama:
-    """Llama 2 to 3.2, SmolLM2, TinyLlama, Mistral: what transformers calls `llama`, or `mistral` without a window."""
+    """Llama 2 to 3.2, SmolLM2, TinyLlama, Mistral: what transformers calls `llama`, or `mistral` without a window.
 
-    def __init__(self, model: Any, slots: int, cache: CacheConfig | None = None) -> None:
+    `beside`: another one, whose cache it reads and writes, layer by layer, in place of its own.
+    """
+
+    def __init__(
+        self, model: Any, slots: int, cache: CacheConfig | None = None, *, beside: Llama | None = None
+    ) -> None:
         config = model.config
         self.shape = Shape(
             hidden=config.hidden_size,
@@ -66,7 +71,8 @@ class Llama:
             raise Unsupported(f"engine=fused: {why}; {WAY_OUT}")
         self.dtype, self.device = model.model.norm.weight.dtype, model.model.norm.weight.device
         self.cache = self._cache_format(cache)
-        self.layers = [self._layer(block) for block in model.model.layers]
+        self._blocks = list(model.model.layers)
+        self.layers = [self._layer_at(index, beside) for index in range(len(self._blocks))]
         self.gain = model.model.norm.weight.detach()
         self.table: Any = model.model.embed_tokens
         self.head = matrix_of(model.lm_head)
@@ -80,6 +86,15 @@ class Llama:
         `choose` takes it from the logits, with `noise`; None takes the likeliest. Returns the logits,
         (1, vocabulary) float32, in memory that belongs to the `turn`.
         """
+        logits = self.feed(turn)
+        if choose is None:
+            self.steps.next_token()
+        else:
+            self.steps.put(choose(logits, noise))
+        return logits
+
+    def feed(self, turn: int = 0) -> torch.Tensor:
+        """The token at the position goes through the model; its logits, as `step` returns them."""
         steps, layers = self.steps, self.layers
         steps.embed(self.table.weight.detach(), getattr(self.table, "scale", None), layers[0].attention_gain)
         for index, layer in enumerate(layers):
@@ -90,10 +105,6 @@ class Llama:
             following = layers[index + 1].attention_gain if index + 1 < len(layers) else self.gain
             steps.product_add(layer.down, act, following)
         logits: torch.Tensor = steps.head(self.head, turn)[None]
-        if choose is None:
-            steps.next_token()
-        else:
-            steps.put(choose(logits, noise))
         return logits
 
     def prefill(self, tokens: torch.Tensor, *, keep: bool = True) -> torch.Tensor:
@@ -184,7 +195,15 @@ class Llama:
         angles = torch.arange(count, device=self.device)[:, None] * self._rotary.inv_freq.float()
         return angles.cos() * self._rotary.attention_scaling, angles.sin() * self._rotary.attention_scaling
 
-    def _layer(self, block: Any) -> Layer:
+    def _layer_at(self, index: int, beside: Llama | None) -> Layer:
+        """The layer of a block: with slots of its own, or with those of the layer `beside` it, or that layer itself."""
+        block = self._blocks[index]
+        if beside is None:
+            return self._layer(block, self._slots(), self._slots())
+        other = beside.layers[index]
+        return other if beside._blocks[index] is block else self._layer(block, other.keys, other.values)
+
+    def _layer(self, block: Any, keys: torch.Tensor | Rows, values: torch.Tensor | Rows) -> Layer:
         attention, mlp = block.self_attn, block.mlp
         qkv = stacked([matrix_of(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)])
         gate_up = interleaved(matrix_of(mlp.gate_proj), matrix_of(mlp.up_proj))
@@ -195,7 +214,6 @@ class Llama:
             give_back(part, qkv, rows)
         for part, rows in ((mlp.gate_proj, slice(0, None, 2)), (mlp.up_proj, slice(1, None, 2))):
             give_back(part, gate_up, rows)
-        keys, values = self._slots(), self._slots()
         return Layer(
             qkv,
             matrix_of(attention.o_proj),

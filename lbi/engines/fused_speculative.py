@@ -7,90 +7,85 @@ position, so that dropping drafts is setting it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 
 from lbi.config import LbiConfig
-from lbi.cuda_graphs import GraphedCall
-from lbi.engines import Generation, Graphs
-from lbi.engines.fused import FusedEngine
-from lbi.engines.speculation import LookupDrafter, Speculator
-from lbi.engines.verification import Drafts, acceptance
+from lbi.draft_models import Draft
+from lbi.engines.fused import FusedEngine, describe_slots
+from lbi.engines.fused_drafter import FusedDrafter, share_blocks
+from lbi.engines.speculation import Drafter, LookupDrafter
+from lbi.engines.speculative import Speculative
+from lbi.engines.verification import acceptance
 
 
-class SpeculativeFused(FusedEngine):
-    """engine=fused, decoding=speculative_lookup: an `Engine` to a run and a `Target` to its `Speculator`."""
+class SpeculativeFused(Speculative, FusedEngine):
+    """engine=fused, decoding=speculative_*. Raises `Unsupported` where the draft cannot be read either."""
 
-    def __init__(self, model: Any, config: LbiConfig, slots: int) -> None:
-        super().__init__(model, config, slots)
-        self._ahead = config.decoding.draft_tokens or 0
-        self.drafts = Drafts.make(config.decoding, self.llama.head.rows, self.llama.device)
+    def __init__(self, model: Any, config: LbiConfig, slots: int, draft: Draft | None = None) -> None:
+        if draft is not None:
+            share_blocks(draft.model, model)
+        FusedEngine.__init__(self, model, config, slots)
+        self._expect_drafts(self.llama.head.rows, self.llama.device)
         self._accept = acceptance(config.decoding)
-        self._verifications: dict[int, GraphedCall] = {}
-        self._drafter = LookupDrafter(self.drafts, config.decoding.ngram or 1)
-
-    def generate(self, prompt: list[int], new_tokens: int, *, seed: int, inspect: bool = False) -> Generation:
-        """See `Engine.generate`. The tokens of one verification are known together, at its end."""
-        self._check(prompt, new_tokens)
-        with torch.no_grad():
-            speculator = Speculator(self.config.decoding, self.device, self._drafter, self.drafts)
-            return speculator.generate(self, prompt, new_tokens, seed=seed, inspect=inspect, mark=self._mark)
-
-    def graphs(self) -> Graphs | None:
-        """See `Engine.graphs`."""
-        if self._graphed is None:
-            return None
-        return Graphs(len(self._verifications), sum(graph.replays for graph in self._verifications.values()))
-
-    def prepare(self, counts: Sequence[int]) -> None:
-        """See `Target.prepare`."""
-        for count in counts if self._graphed is not None else ():
-            if count not in self._verifications:
-                self._reset()
-                self._verifications[count] = GraphedCall(partial(self._run_verification, count), self._reset)
-        self._reset()
-
-    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """See `Target.prefill`."""
-        return self._prefill(ids)
+        self._by_model = None if draft is None else self._drafted_by(draft)
 
     def last_token(self) -> int:
         """See `Target.last_token`."""
-        steps = self.llama.steps
-        return int(steps.tokens.index_select(0, steps.position.long()))
-
-    def verify(self, count: int, behind: int) -> torch.Tensor:
-        """See `Target.verify`."""
-        if self._graphed is not None:
-            return self._verifications[count]()  # type: ignore[no-any-return]
-        return self._run_verification(count)
+        return int(self._last())
 
     def describe_cache(self) -> dict[str, Any]:
         """See `Target.describe_cache`: a verification reads it to its end, but a low-bit one as far as the text is."""
         found = self._describe_cache()
         if self.llama.cache is None:
-            del found["reads"]
+            found["reads"] = "slots"
+        if self._by_model is not None and not self._by_model.shares_cache:
+            own = describe_slots(self._by_model.llama)
+            found["draft"] = {name: own[name] for name in ("class", "bytes", "bytes_per_slot")}
         return found
 
     def _run_verification(self, count: int) -> torch.Tensor:
+        if count:
+            logits = self._feed(count)
+            self._settle(count, logits)
+            return logits
+        noise = None if self._noise is None else self._noise.exponential_()
+        logits = self.llama.step(None if noise is None else self._take, noise)
+        self.drafts.report[:2].copy_(torch.cat([torch.ones_like(self.drafts.report[:1]), self._last()]))
+        return logits
+
+    def _feed(self, count: int) -> torch.Tensor:
+        """The last token and its drafts through the model: logits (count + 1, vocabulary), float32."""
+        if count == 0:
+            return self.llama.feed()
+        where = self.llama.steps.position.long() + torch.arange(count + 1, device=self.llama.device)
+        return self.llama.extend(torch.cat([self._last(), self.drafts.tokens[:count]]), where)
+
+    def _settle(self, count: int, logits: torch.Tensor) -> None:
+        """What the logits of a verification come to: tokens, position and report."""
+        self.drafts.draw()
         steps, (drafts, shares, uniform, report) = self.llama.steps, self.drafts.first(count)
         noise = None if self._noise is None else self._noise.exponential_()
-        if count == 0:
-            logits = self.llama.step(None if noise is None else self._take, noise)
-            chosen, made = steps.tokens.index_select(0, steps.position.long()), torch.ones_like(report[:1])
-        else:
-            self.drafts.draw()
-            at = steps.position.long()
-            where = at + torch.arange(count + 1, device=at.device)
-            logits = self.llama.extend(torch.cat([steps.tokens.index_select(0, at), drafts]), where)
-            chosen, made = self._accept(logits, drafts, noise, uniform, shares, self._seen)
-            if self._seen is not None:
-                stands = torch.arange(count + 1, device=at.device) < made
-                self._seen.scatter_(1, torch.where(stands, chosen, chosen[:1])[None], True)
-            steps.tokens.index_copy_(0, where + 1, chosen)
-            steps.position.add_(made.to(steps.position.dtype))
+        chosen, made = self._accept(logits, drafts, noise, uniform, shares, self._seen)
+        ahead = torch.arange(count + 1, device=self.llama.device)
+        if self._seen is not None:
+            # The first always stands, so the others can be marked as that one where they do not.
+            self._seen.scatter_(1, torch.where(ahead < made, chosen, chosen[:1])[None], True)
+        steps.tokens.index_copy_(0, steps.position + 1 + ahead, chosen)
+        steps.position.add_(made.to(steps.position.dtype))
         report.copy_(torch.cat([made, chosen]))
-        return logits
+
+    def _last(self) -> torch.Tensor:
+        steps = self.llama.steps
+        last: torch.Tensor = steps.tokens.index_select(0, steps.position.long())
+        return last
+
+    def _drafted_by(self, draft: Draft) -> FusedDrafter:
+        own = (self.config, self.drafts, self._noise, self._seen)
+        return FusedDrafter(draft, self.llama, *own)
+
+    def _make_drafter(self) -> Drafter:
+        if self._by_model is None:
+            return LookupDrafter(self.drafts, self.config.decoding.ngram or 1)
+        return self._by_model

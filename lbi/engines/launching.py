@@ -21,7 +21,7 @@ from lbi.errors import InputError
 from lbi.metrics import Timing
 
 Steps = Callable[[], list[torch.Tensor]]
-"""Runs some decode steps. Returns the logits of each, (1, vocabulary), float32, good until it is called again."""
+"""Runs some decode steps. Returns the logits of each, (sequences, vocabulary) float32, good until called again."""
 
 
 class LaunchingEngine(ABC):
@@ -41,12 +41,16 @@ class LaunchingEngine(ABC):
         """What runs each number of steps, on empty buffers. Captures the graphs that are not there yet."""
 
     @abstractmethod
+    def _reset(self) -> None:
+        """Back to before the first token."""
+
+    @abstractmethod
     def _prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """Feed the prompt (tokens,) and choose the first new token; its logits, (1, vocabulary)."""
+        """Feed the prompt (tokens,) and choose the first new token; its logits, (sequences, vocabulary)."""
 
     @abstractmethod
     def _text(self) -> torch.Tensor:
-        """The tokens so far, each at its position, prompt and all."""
+        """The tokens so far of each sequence, (sequences, positions), each at its position, prompt and all."""
 
     @abstractmethod
     def _describe_cache(self) -> dict[str, Any]:
@@ -65,22 +69,23 @@ class LaunchingEngine(ABC):
             if self.device == "cuda":
                 torch.cuda.synchronize()
             clock.mark()
-            logits = [self._prefill(ids)]
+            logits = [self._prefill(ids)[:1]]
             clock.mark()
             for count in launches:
                 with self._mark(count):
                     found = steps[count]()
                 clock.mark()
                 if inspect:
-                    logits += [one.to("cpu", copy=True) for one in found]
+                    logits += [one[:1].to("cpu", copy=True) for one in found]
             clock.mark()
         start, *marks, end = clock.seconds()
         times = tuple(at for at, count in zip(marks, [1, *launches], strict=True) for _ in range(count))
-        timing = Timing(start, times, end, len(prompt))
-        tokens = self._text()[len(prompt) : len(prompt) + new_tokens].tolist()
+        texts = self._text()[:, len(prompt) : len(prompt) + new_tokens].tolist()
+        timing, batch = Timing(start, times, end, len(prompt), len(texts)), tuple(texts) if len(texts) > 1 else ()
         if not inspect:
-            return Generation(tokens, timing)
-        return Generation(tokens, timing, torch.cat([one.cpu() for one in logits]), self._describe_cache())
+            return Generation(texts[0], timing, batch=batch)
+        kept = torch.cat([one.cpu() for one in logits])
+        return Generation(texts[0], timing, kept, self._describe_cache(), batch=batch)
 
     def graphs(self) -> Graphs | None:
         """See `Engine.graphs`."""

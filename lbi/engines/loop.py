@@ -37,8 +37,9 @@ from lbi.errors import InputError
 class Buffers:
     """All that one step hands to the next. No tensor is ever replaced, for graphs hold their addresses.
 
-    `token` (1, 1) is fed next, at `position` (1,), counted from 0. `tokens` (slots + 1,) has every
-    token at its position; the last one is never fed, so it may lie beyond the last slot. `noise`
+    `token` (sequences, 1) is fed next, at `position` (1,), counted from 0. `tokens` (sequences, slots + 1) has every
+    token at its position; the last one is never fed, so it may lie beyond the last slot. `text` (slots + 1,) is the
+    first sequence's part of it, and all there is where drafts are verified. `noise`
     (1, vocabulary), float32, is drawn anew for each token; None where nothing is sampled. `seen`, bool of
     the same shape, marks the tokens so far; None where nothing depends on them.
     """
@@ -47,6 +48,7 @@ class Buffers:
     token: torch.Tensor
     position: torch.Tensor
     tokens: torch.Tensor
+    text: torch.Tensor
     noise: torch.Tensor | None
     seen: torch.Tensor | None
 
@@ -112,6 +114,9 @@ class LoopEngine(LaunchingEngine):
         buffers.reset()
         return steps
 
+    def _reset(self) -> None:
+        self._buffers().reset()
+
     def _buffers(self) -> Buffers:
         """The buffers, allocated when they are first asked for."""
         if self._own is None:
@@ -126,18 +131,20 @@ class LoopEngine(LaunchingEngine):
 
     def _allocate(self) -> Buffers:
         cache = self._new_cache()
-        token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        count = self.config.workload.batch
+        token = torch.zeros((count, 1), dtype=torch.long, device=self.device)
         position = torch.zeros(1, dtype=torch.long, device=self.device)
-        tokens = torch.zeros(self.slots + 1, dtype=torch.long, device=self.device)
+        tokens = torch.zeros((count, self.slots + 1), dtype=torch.long, device=self.device)
+        text = tokens[0]
         # One token through the model allocates every layer's slots, which a compiled prefill must not do.
         logits = self.model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].float()
         noise = torch.empty_like(logits) if self.config.decoding.kind == "sampling" else None
         seen = torch.zeros_like(logits, dtype=torch.bool) if asks_what_was_seen(self.config.decoding) else None
-        for tensor in (token, position, tokens, noise, seen):
+        for tensor in (token, position, tokens, text, noise, seen):
             if tensor is not None:
                 # Without this inductor's own CUDA graphs (mode=reduce-overhead) refuse inputs that are written to.
                 torch._dynamo.mark_static_address(tensor)
-        return Buffers(cache, token, position, tokens, noise, seen)
+        return Buffers(cache, token, position, tokens, text, noise, seen)
 
     def _new_cache(self) -> LoopCache:
         kind, config = self.config.cache, self.model.config
@@ -151,7 +158,8 @@ class LoopEngine(LaunchingEngine):
         buffers, length = self._buffers(), ids.shape[0]
         buffers.cache.empty = True
         positions = torch.arange(length, device=self.device)[None]
-        logits = last_logits(self._forward, ids[None], positions, buffers.cache, self._names)
+        every = ids[None].repeat(buffers.token.shape[0], 1)
+        logits = last_logits(self._forward, every, positions, buffers.cache, self._names)
         buffers.cache.empty = False
         buffers.position.fill_(length - 1)
         buffers.draw()
@@ -197,18 +205,18 @@ def decode_step(model: Any, choose: Choose, names: frozenset[str]) -> Callable[.
 def last_logits(
     forward: Callable[..., Any], ids: torch.Tensor, positions: torch.Tensor, cache: LoopCache, names: frozenset[str]
 ) -> torch.Tensor:
-    """Feed `ids` (1, n) at `positions` (1, n); the last one's logits, (1, vocabulary), float32."""
-    known: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
+    """Feed `ids` (sequences, n) at `positions` (1, n); the last ones' logits, (sequences, vocabulary), float32."""
+    known: dict[str, Any] = {"position_ids": positions.expand(ids.shape[0], -1), "logits_to_keep": 1}
     given = {name: value for name, value in known.items() if name in names}
     logits: torch.Tensor = forward(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits
     return logits[:, -1].float()
 
 
 def keep(chosen: torch.Tensor, token: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Feed the token `chosen` (1,) next, and note it at its position."""
+    """Feed the tokens `chosen` (sequences,) next, and note them at their position."""
     token.copy_(chosen[:, None])
     position.add_(1)
-    tokens.index_copy_(0, position, chosen)
+    tokens.index_copy_(1, position, chosen[:, None])
 
 
 def takes(model: Any) -> frozenset[str]:

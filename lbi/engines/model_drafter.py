@@ -87,7 +87,7 @@ class ModelDrafter:
         at = buffers.position - (first - 1)
         rewind(self.cache, at)
         known = self._known - first if self.eager else None
-        fed = buffers.tokens.index_select(0, at + torch.arange(first, device=at.device))[None]
+        fed = buffers.text.index_select(0, at + torch.arange(first, device=at.device))[None]
         for index in range(count):
             self.cache.length = known
             if buffers.noise is not None:

@@ -106,7 +106,7 @@ def seen_by_row(seen: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
 def verify_step(model: Any, decoding: DecodingConfig, names: frozenset[str]) -> Callable[..., torch.Tensor]:
     """One verification by a model of transformers; all that it reads and writes are its arguments.
 
-    The arguments are those of loop.py's `Buffers` and of `Drafts.first`.
+    The arguments are those of loop.py's `Buffers`, its text as `tokens`, and of `Drafts.first`.
     """
     feed, settle = feed_step(model, names), settle_step(decoding)
 

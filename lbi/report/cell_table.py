@@ -6,12 +6,13 @@ its number. A cell without a number has its status and reason instead of the num
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lbi.collect import Row
+from lbi.config import AXES
 from lbi.metrics import METRICS
-from lbi.ranking import SPEED, Ranked, Table
+from lbi.ranking import AGGREGATE, SPEED, Ranked, Table
 from lbi.report.facts import Facts
 from lbi.report.figures import NOTHING, percent, scaled, small, with_noise
 from lbi.report.markup import Html, element, joined
@@ -51,26 +52,60 @@ COLUMNS = (
     Column("PPL ratio", "ppl_ratio", lambda ranked: small(ranked.row["ppl_ratio"])),
 )
 
+BATCH_COLUMNS = (
+    Column("decode tok/s a sequence", SPEED, COLUMNS[0].show),
+    Column("decode tok/s all together", AGGREGATE, lambda ranked: with_noise(ranked.row, AGGREGATE)),
+    *COLUMNS[1:],
+)
+"""Of a table of batches: whose speed a number is stands in its heading."""
+
 RATIO_DOC = "decode tok/s over the baseline's, with the range that both intervals allow; tie: the intervals overlap"
+
+
+def varying(table: Table) -> dict[str, list[str]]:
+    """The config groups in which the cells of a table differ, with their options as they first appear."""
+    rows = sorted((ranked.row for ranked in table.ranked), key=lambda row: int(row["cell"]))
+    options = {group: list(dict.fromkeys(str(row[group]) for row in rows)) for group in AXES}
+    return {group: found for group, found in options.items() if len(found) > 1}
+
+
+def controls(table: Table, index: int) -> Html:
+    """What narrows and groups the rows: words, a list for each group that varies, and a list of these groups."""
+    groups = varying(table)
+    made = [element("label", "Filter rows ", element("input", type="search", aria_controls=f"cells-{index}"))]
+    for group, options in groups.items():
+        named = (element("option", option or NOTHING, value=option) for option in options)
+        made.append(_list(f"{group} ", element("option", "all", value=""), *named, data_group=group))
+    if groups:
+        named = (element("option", group, value=group) for group in groups)
+        made.append(_list("Group by ", element("option", "nothing", value=""), *named, class_="by"))
+    return element("div", *made, element("output"), class_="filter", data_table=str(index))
+
+
+def _list(label: str, *options: Html, **attributes: str) -> Html:
+    return element("label", label, element("select", *options, **attributes))
 
 
 def cell_table(table: Table, facts: Mapping[int, Facts], caption: str) -> Html:
     """The table in a box that scrolls by itself."""
-    lines = [_line(ranked, facts) for ranked in table.ranked]
+    is_batch = any(ranked.row[AGGREGATE] for ranked in table.ranked)
+    columns = BATCH_COLUMNS if is_batch else COLUMNS
+    groups = list(varying(table))
+    lines = [_line(ranked, facts, columns, groups) for ranked in table.ranked]
     made = element(
         "table",
         element("caption", caption),
-        element("thead", element("tr", *_headings())),
+        element("thead", element("tr", *_headings(columns))),
         element("tbody", joined(lines, "\n")),
         class_="cells",
     )
     return element("div", made, class_="scroll tall", tabindex="0", role="region", aria_label=caption)
 
 
-def _headings() -> list[Html]:
+def _headings(columns: Sequence[Column]) -> list[Html]:
     made = [_heading("#", "ascending", "place by decode tok/s; = shares it with others: a tie", sorted_by=True)]
     made.append(_heading("setting", "ascending", "what varies in the grid", kind="text"))
-    for column in COLUMNS:
+    for column in columns:
         metric = METRICS.get(column.metric)
         first = "descending" if metric is None or metric.better == "higher" else "ascending"
         made.append(_heading(column.heading, first, metric.doc if metric else RATIO_DOC))
@@ -90,18 +125,19 @@ def _heading(text: str, first: str, doc: str, *, kind: str | None = None, sorted
     )
 
 
-def _line(ranked: Ranked, facts: Mapping[int, Facts]) -> Html:
+def _line(ranked: Ranked, facts: Mapping[int, Facts], columns: Sequence[Column], groups: Sequence[str]) -> Html:
     row = ranked.row
+    chosen: dict[str, str | bool | None] = {f"data_{group}": str(row[group]) for group in groups}
     name = [element("span", row["name"], class_="name")]
     name += [element("span", tag, class_="tag") for tag in _tags(ranked)]
     cells = [element("td", f"{ranked.rank}{'=' if ranked.shared else ''}" if ranked.rank else NOTHING)]
     cells.append(element("th", *name, scope="row"))
     if row["status"] == "ok":
-        cells += [element("td", column.show(ranked)) for column in COLUMNS]
+        cells += [element("td", column.show(ranked)) for column in columns]
     else:
-        cells.append(element("td", *_why(row, facts), colspan=str(len(COLUMNS)), class_="why"))
+        cells.append(element("td", *_why(row, facts), colspan=str(len(columns)), class_="why"))
     cells.append(element("td", str(row["cell"])))
-    return element("tr", *cells, id=f"c{row['cell']}", class_="base" if ranked.is_baseline else None)
+    return element("tr", *cells, id=f"c{row['cell']}", class_="base" if ranked.is_baseline else None, **chosen)
 
 
 def _tags(ranked: Ranked) -> list[str]:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Grid
 
 from lbi.collect import Row
-from lbi.ranking import SPEED, Ranked, Table, disturbance, tables, unfused
+from lbi.ranking import AGGREGATE, SPEED, Ranked, Table, disturbance, outrun, tables, unfused
 from lbi.report.figures import small, with_noise
 from lbi.store import Store
 from lbi.sweep_folder import read_header
@@ -194,7 +194,7 @@ def _show_table(out: Console, table: Table, header: dict[str, Any]) -> None:
         if first["repetitions"]:
             out.print(_legend(first), style="dim")
         rows = [ranked.row for ranked in numbered]
-        for warning in (disturbance(rows), unfused(rows)):
+        for warning in (disturbance(rows), unfused(rows), outrun(rows)):
             if warning:
                 out.print(f"[yellow]{escape(warning)}[/]")
     others = [ranked.row for ranked in table.ranked if ranked.rank is None]
@@ -228,8 +228,12 @@ COLUMNS = (
 
 def _grid(numbered: Sequence[Ranked]) -> Grid:
     grid = Grid(box=None, pad_edge=False, header_style="bold")
+    is_batch = any(ranked.row[AGGREGATE] for ranked in numbered)
     for column, side in COLUMNS:
-        grid.add_column(column, justify=side, no_wrap=column != "setting")  # type: ignore[arg-type]
+        name = f"{column} a sequence" if is_batch and column == "decode tok/s" else column
+        grid.add_column(name, justify=side, no_wrap=column != "setting")  # type: ignore[arg-type]
+    if is_batch:
+        grid.add_column("decode tok/s all together", justify="right", no_wrap=True)
     for ranked in numbered:
         row = ranked.row
         grid.add_row(
@@ -245,6 +249,7 @@ def _grid(numbered: Sequence[Ranked]) -> Grid:
             small(row["mean_kld"]),
             _number(row["top1_agreement"], 0.01, "{:.1f}%"),
             small(row["ppl_ratio"]),
+            *([with_noise(row, AGGREGATE)] if is_batch else []),
         )
     return grid
 

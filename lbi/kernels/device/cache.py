@@ -9,6 +9,8 @@ the last to arrive adds up. FMT is 0 for int8, 1 for fp8 (e4m3), 2 for int4.
 import triton
 import triton.language as tl
 
+from lbi.kernels.device.splits import merge_if_last
+
 
 @triton.jit
 def _nearest(x):
@@ -165,12 +167,13 @@ def attention(
     queries, cos_table, sin_table, key_codes, key_numbers, value_codes, value_numbers, position, out, partial, arrived,
     slots, scale, offset,
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr,
-    G: tl.constexpr, FMT: tl.constexpr, ROTATE: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    G: tl.constexpr, FMT: tl.constexpr, ROTATE: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one token over the `position + offset` that the cache holds, the token itself among them.
 
     Programs: (key-value heads, SPLITS). `queries` is (HEADS, D); with ROTATE they are turned by the angles of
-    `position`. `partial` is (KV, SPLITS, BG, 2 BH + 2) float32; `arrived` (KV,) int32 of zeros.
+    `position`. `partial` and `arrived` are merge_if_last's, BD being the next power of two of D.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -215,33 +218,10 @@ def attention(
         acc2 = tl.dot(weight.to(kind), v2, acc2 * shrink[:, None], input_precision="ieee")
         most = higher
 
-    WIDTH: tl.constexpr = 2 * BH + 2
-    mine = partial + ((kv * SPLITS + split) * BG + g) * WIDTH
-    tl.store(mine[:, None] + h[None, :], acc1)
-    tl.store(mine[:, None] + BH + h[None, :], acc2)
-    tl.store(mine + 2 * BH, most)
-    tl.store(mine + 2 * BH + 1, total)
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + kv, 1, sem="acq_rel") == SPLITS - 1:
-        tl.store(arrived + kv, 0)
-        most = tl.full((BG,), float("-inf"), tl.float32)
-        total = tl.zeros((BG,), tl.float32)
-        acc1 = tl.zeros((BG, BH), tl.float32)
-        acc2 = tl.zeros((BG, BH), tl.float32)
-        for part in range(SPLITS):
-            its = partial + ((kv * SPLITS + part) * BG + g) * WIDTH
-            its_most = tl.load(its + 2 * BH, cache_modifier=".cg")
-            its_total = tl.load(its + 2 * BH + 1, cache_modifier=".cg")
-            higher = tl.maximum(most, its_most)
-            # A split without tokens has -inf, and so may all before it: exp(-inf - -inf) is no number.
-            shrink = tl.where(most == float("-inf"), 0.0, tl.exp(most - higher))
-            weight = tl.where(its_most == float("-inf"), 0.0, tl.exp(its_most - higher))
-            total = total * shrink + its_total * weight
-            theirs1 = tl.load(its[:, None] + h[None, :], cache_modifier=".cg")
-            theirs2 = tl.load(its[:, None] + BH + h[None, :], cache_modifier=".cg")
-            acc1 = acc1 * shrink[:, None] + theirs1 * weight[:, None]
-            acc2 = acc2 * shrink[:, None] + theirs2 * weight[:, None]
-            most = higher
-        to = out + (kv * SHARE + g[:, None]) * D + h[None, :]
-        tl.store(to, (acc1 / total[:, None]).to(kind), mask=asked)
-        tl.store(to + HALF, (acc2 / total[:, None]).to(kind), mask=asked)
+    BD: tl.constexpr = triton.next_power_of_2(D)
+    mine = partial + ((kv * SPLITS + split) * SHARE + g) * (BD + 2)
+    tl.store(mine[:, None] + h[None, :], acc1, mask=asked)
+    tl.store(mine[:, None] + HALF + h[None, :], acc2, mask=asked)
+    tl.store(mine + BD, most, mask=g < SHARE)
+    tl.store(mine + BD + 1, total, mask=g < SHARE)
+    merge_if_last(partial, arrived, out + kv * SHARE * D, kv, SHARE, D, BD, SPLITS, AT_ONCE)
