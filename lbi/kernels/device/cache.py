@@ -210,7 +210,7 @@ def _halves(
     HALF: tl.constexpr = D // 2
     GROUPS: tl.constexpr = D // G
     WIDTH: tl.constexpr = HALF if FMT == 2 else D
-    if BH == HALF and G < D and HALF // G == triton.next_power_of_2(HALF // G):
+    if BH == HALF and G < D and triton.next_power_of_2(HALF // G) == HALF // G:
         # Scales are loaded once a group, not once a value.
         PIECES: tl.constexpr = HALF // G
         p, i = tl.arange(0, PIECES), tl.arange(0, G)
