@@ -305,7 +305,7 @@ class TrackerConfig:
         above=0.0,
     )
     files: Literal["none", "results", "all"] = knob(
-        "what is attached: results: each result's files; all: traces and memory snapshots too", default="all"
+        "what is attached: results: each result's files; all: what its trace folder holds too", default="all"
     )
     max_file_mb: float = knob(
         "a larger file is not attached; the run's summary names it, in MB", default=200.0, above=0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from lbi.config import TrackerConfig
 from lbi.errors import InputError
 from lbi.store import Store
 from lbi.sweep_folder import find
+
+OF_WANDB = ("--project", "--entity", "--timeout-s", "--runs-per-minute")
+"""Options of the verbs that talk to W&B."""
 
 SYNC_S = 3600.0
 """Default bound of a verb that talks to W&B: a thousand runs at the default pace, with room."""
@@ -23,6 +27,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         return _doctor(arguments)
     given = _parse(verb, arguments)
     from_wandb = verb == "collect" and given.from_wandb
+    if verb == "collect" and not from_wandb and any(item.startswith(OF_WANDB) for item in arguments):
+        raise InputError("collect", " ".join(arguments), "reads the store alone", "Add --from-wandb to ask W&B")
     if not Path(given.store).is_dir() and not from_wandb:
         raise InputError("store", given.store, "there is no such store", "Name it with --store or LBI_STORE")
     store = Store.open(given.store, write=verb not in ("status", "logs", "recipe", "trace"))
@@ -87,8 +93,8 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
 
 def _tracker(given: argparse.Namespace, **changes: Any) -> TrackerConfig:
     for name in ("timeout_s", "runs_per_minute"):
-        if not getattr(given, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')}", getattr(given, name), "is not above 0")
+        if not 0 < getattr(given, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')}", getattr(given, name), "is not a number above 0")
     return TrackerConfig(
         name="wandb",
         kind="wandb",

@@ -70,8 +70,9 @@ def main() -> None:
     """Fresh random inputs every time."""
     for name in FORMATS:
         check(CacheFormat(name, 64, 64), heads=6, kv_heads=2)
+        check(CacheFormat(name, 64, 16), heads=4, kv_heads=1)
         check(CacheFormat(name, 80, 20), heads=4, kv_heads=1)
-    print(f"{2 * len(FORMATS)} formats")
+    print(f"{3 * len(FORMATS)} formats")
 
 
 if __name__ == "__main__":

@@ -225,6 +225,8 @@ def test_a_server_that_refuses_means_offline_for_now(server: FakeWandb, store: S
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 def test_a_hanging_server_is_bounded_and_leaves_no_process(server: FakeWandb, store: Store, home: Path) -> None:
+    put_sweep(store, results=2)
+    assert "2 runs online" in track(store, "survey", config())
     put_sweep(store, results=3)
     last = of_sweep(store, "survey")[-1].id
     lines: list[str] = []

@@ -71,6 +71,10 @@ def test_what_cannot_be_had_is_said(
     server: FakeWandb, store: Store, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = ["--from-wandb", "--store", str(tmp_path / "other")]
+    with pytest.raises(InputError, match="Add --from-wandb"):
+        verbs.run("collect", ["survey", "--project", "mine"])
+    with pytest.raises(InputError, match="--timeout-s=inf: is not a number above 0"):
+        verbs.run("collect", ["survey", "--timeout-s", "inf", *other])
     with pytest.raises(InputError, match="whole name"):
         verbs.run("collect", other)
     with pytest.raises(InputError, match=r"no_such.*rtifact"):

@@ -114,7 +114,7 @@ def test_results_go_online_while_others_are_measured(server: FakeWandb, store: S
         put_result(store, last.row["run_id"], "ok")
         wait_for(lambda: last.id in server.runs)
         started = time.monotonic()
-    assert time.monotonic() - started < 1.5, "a sweep that ends does not wait for the writer"
+    assert time.monotonic() - started < 3, "a sweep that ends does not wait for the writer"
     assert processes_of(home) == {}
     assert "3 runs online" in track(store, "survey", config())
     assert_whole(server, store, 3)
@@ -126,7 +126,7 @@ def test_a_sweep_goes_on_beside_a_server_that_hangs(server: FakeWandb, store: St
         with meanwhile(store, "survey", config(inline_s=0.1), measures_on_cpu=False):
             wait_for(lambda: any("wandb-core" in command for command in processes_of(home).values()))
             started = time.monotonic()
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 3
         assert processes_of(home) == {}
     assert offline_folders(store) == []
 

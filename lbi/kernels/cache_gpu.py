@@ -74,7 +74,7 @@ def attend(
         queries, cos, sin, *keys.tensors, *values.tensors, position, out, *scratch, slots, scale, offset,
         HEADS=heads, KV=kv_heads, D=kind.width, BH=block, BG=group, BT=block_for(slots), G=kind.group,
         FMT=FORMATS.index(kind.name), ROTATE=angles is not None, SPLITS=splits,
-        AT_ONCE=at_once(splits, heads // kv_heads, kind.width),
+        AT_ONCE=at_once(splits, heads // kv_heads, kind.width), HARD=_converts_fp8(),
         **(launch or {"num_warps": 4, "PDL": False}),
     )  # fmt: skip
 
@@ -106,6 +106,13 @@ def splits_for(where: torch.device, kv_heads: int, slots: int) -> int:
     multiprocessors = int(torch.cuda.get_device_properties(where).multi_processor_count)
     waves = 2 if slots >= LONG_FROM else 1
     return max(1, min(waves * multiprocessors // kv_heads, -(-slots // block_for(slots))))
+
+
+def _converts_fp8() -> bool:
+    """Whether the GPU that is compiled for turns e4m3 into other types by itself."""
+    if triton.knobs.runtime.interpret:
+        return False
+    return int(triton.runtime.driver.active.get_current_target().arch) >= 89
 
 
 def _power(size: int) -> int:

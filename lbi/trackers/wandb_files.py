@@ -40,9 +40,9 @@ class Attachment:
         return sum(file.stat().st_size for _, file in self.files)
 
     def add_to(self, artifact: Any) -> None:
-        """Put the files in a `wandb.Artifact`, by reference: a staged copy of each would fill the disk."""
+        """Put the files in a `wandb.Artifact`, without the copies that wandb would stage and cache."""
         for name, file in self.files:
-            artifact.add_file(str(file), name=name, policy="immutable")
+            artifact.add_file(str(file), name=name, policy="immutable", skip_cache=True)
 
 
 @dataclass(frozen=True, slots=True)
