@@ -46,7 +46,7 @@ class Figures:
         self.specs[name] = roofline_chart.roofline(table)
         nearest = max(points, key=lambda item: float(item.row["mbu_measured"]))
         caption = (
-            "The lines are what the memory's bandwidth allows at batch 1: bytes a second over bytes a token. "
+            "The lines are what the memory's bandwidth allows: bytes a second over bytes a token. "
             f"Nearest to the measured one: {nearest.row['name']}, at {percent(nearest.row['mbu_measured'])} of it. "
             "Colours are the quantizers', as in the bars."
         )
