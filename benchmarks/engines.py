@@ -49,9 +49,11 @@ def main() -> None:
         print(json.dumps(measure(given)))
         return
     rows = [row.strip() for row in given.rows.split(",")]
-    rows += [f"gpt-fast {mode}" for mode in GPT_FAST] if given.gpt_fast else []
+    if given.gpt_fast and not any(row.startswith("gpt-fast ") for row in rows):
+        rows += [f"gpt-fast {mode}" for mode in GPT_FAST]
     found = []
-    print(f"{'row':52} {'tok/s':>8} {'whole':>8} {'GB/tok':>7} {'MBU':>5} {'peak GB':>8} {'first s':>8}", flush=True)
+    titles = f"{'row':52} {'tok/s':>8} {'whole':>8} {'prefill':>8} {'MFU':>4} {'GB/tok':>7} {'MBU':>5}"
+    print(f"{titles} {'peak GB':>8} {'first s':>8}", flush=True)
     for row in rows:
         found.append(_in_a_process(row, given) | {"row": row})
         print(_line(found[-1]), flush=True)
@@ -66,8 +68,10 @@ def one_row(given: argparse.Namespace) -> dict[str, Any]:
 
     from lbi import roofline, steps
     from lbi.engines import make
-    from lbi.models import fit_tokens, load, read_text
+    from lbi.metrics import prefill_flop
+    from lbi.models import load
     from lbi.process import Phases
+    from lbi.prompts import fit_tokens, read_text
     from lbi.record import Record
 
     engine, quantizer, compiler, *more = given.one.split()
@@ -95,8 +99,12 @@ def one_row(given: argparse.Namespace) -> dict[str, Any]:
     depth = len(prompt) + given.new_tokens / 2 if cached.get("reads") == "live" else cached["slots"]
     size = roofline.bytes_per_step(loaded.model, layers, cached["bytes_per_slot"] * depth)
     speed = median(1 / timing.tpot_s() for timing in timings)
+    prefill_s = median(timing.ttft_s() for timing in timings)
+    flop = prefill_flop(roofline.flop_shape(loaded.model, layers), len(prompt))
     return {
         "tok_s": speed,
+        "prefill_tok_s": len(prompt) / prefill_s,
+        "mfu": flop / prefill_s / peaks["matmul_flop_per_s"],
         "whole_tok_s": median(given.new_tokens / (timing.end - timing.start) for timing in timings),
         "bytes": size,
         "mbu": speed * size / peaks["read_bytes_per_s"],
@@ -217,9 +225,10 @@ def _line(found: dict[str, Any]) -> str:
         return f"{found['row']:52} {found['problem']}"
     share = f"{found['mbu']:.0%}" if "mbu" in found else ""
     peak = f"{found['peak_bytes'] / 1e9:.1f}" if found.get("peak_bytes") else ""
+    prefill = f"{found['prefill_tok_s']:8.0f} {found['mfu']:4.0%}" if "mfu" in found else f"{'':13}"
     return (
-        f"{found['row']:52} {found['tok_s']:8.1f} {found['whole_tok_s']:8.1f} {found['bytes'] / 1e9:7.2f} {share:>5} "
-        f"{peak:>8} {found['first_s']:8.1f}  {found['clocks']} MHz"
+        f"{found['row']:52} {found['tok_s']:8.1f} {found['whole_tok_s']:8.1f} {prefill} "
+        f"{found['bytes'] / 1e9:7.2f} {share:>5} {peak:>8} {found['first_s']:8.1f}  {found['clocks']} MHz"
     )
 
 

@@ -218,17 +218,7 @@ def tune_one(bench: Bench, case: Case, tried: list[Tile], until: float) -> None:
         f"of {len(ranked)} (slowest {slow:.1f}x, {failed} failed)"
     )
     bench.note(kind="tuned", **asdict(case), us=us, tile=asdict(tile), timed=len(ranked), failed=failed)
-    write_tile(bench, key(case), tile)
-
-
-def write_tile(bench: Bench, name: str, tile: Tile) -> None:
-    """Put one tile into the file beside those that it has."""
-    gpu = torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
-    known = json.loads(tiles.FILE.read_text()) if tiles.FILE.exists() else {}
-    known.setdefault(gpu, {})[name] = asdict(tile)
-    scratch = tiles.FILE.with_suffix(".new")
-    scratch.write_text(json.dumps({gpu: dict(sorted(found.items())) for gpu, found in sorted(known.items())}, indent=1))
-    scratch.replace(tiles.FILE)
+    tiles.keep(torch.cuda.get_device_name() if bench.device == "cuda" else "cpu", key(case), tile)
 
 
 def ablation(bench: Bench, chosen: list[Case], seconds: float, count: int) -> None:

@@ -115,7 +115,7 @@ def tiles_by_case(
         possible = [
             tile
             for tile in (Tile(*values) for values in choices)
-            if (_possible_packed if packed else _possible)(alike[0], tile)
+            if (possible_packed if packed else possible)(alike[0], tile)
         ]
         judge = packed_penalty if packed else penalty
         # The sum, so that tiles for small and for large matrices are among them.
@@ -124,7 +124,7 @@ def tiles_by_case(
     return {case: tried[case.form, case.inputs] for case in chosen}
 
 
-def _possible(case: Case, tile: Tile) -> bool:
+def possible(case: Case, tile: Tile) -> bool:
     """Whether a thread has between one and 32 loads of 16 bytes, and the row some work for each part."""
     thread_bytes = tile.rows * tile.words * case.item_bytes / (32 * tile.warps)
     blocks = -(-case.width // tile.words)
@@ -169,7 +169,7 @@ def cases(forms: list[str], shapes: list[tuple[int, int]]) -> Iterator[Case]:
                 yield Case(form, rows, inputs)
 
 
-def _possible_packed(case: Case, tile: Tile) -> bool:
+def possible_packed(case: Case, tile: Tile) -> bool:
     """Whether every warp has groups of its own in a step, the stages fit, and the row has work for each part."""
     form = FORMS[case.form]
     group = min(16, (form.group or case.inputs) * BITS[form.format] // 32)

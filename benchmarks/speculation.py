@@ -69,8 +69,9 @@ def measure(rows: list[str], given: argparse.Namespace, folder: Path) -> dict[st
     from lbi.draft_models import load_draft
     from lbi.engines import make
     from lbi.metrics import summarize_speculation
-    from lbi.models import load, read_text
+    from lbi.models import load
     from lbi.process import Phases
+    from lbi.prompts import read_text
     from lbi.record import Record
 
     common = [f"engine={given.engine}", f"compiler={given.compiler}", f"quantizer={given.quantizer}", "cache=static"]

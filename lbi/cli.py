@@ -3,6 +3,8 @@
     python -m lbi quantizer=int8_wo                      one run
     python -m lbi -m quantizer=none,int8_wo              a sweep
     python -m lbi status|report|collect|doctor [SWEEP]   afterwards, from any shell
+    python -m lbi recipe RUN                             a result as a script of its own
+    python -m lbi trace RUN_A RUN_B                      which kernels cost the difference
     python -m lbi logs SWEEP CELL, cancel SWEEP [PART]   on a cluster
 
 Overrides always hold a `=`, so verbs and overrides cannot be confused. Exit codes:
@@ -20,7 +22,7 @@ from typing import Any
 
 from lbi.errors import ClusterError, InputError
 
-VERBS = ("status", "logs", "cancel", "report", "collect", "sync", "doctor")
+VERBS = ("status", "logs", "cancel", "report", "collect", "sync", "dashboard", "recipe", "trace", "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -59,6 +59,11 @@ def rows(store: Store, sweep: str) -> list[Row]:
     return [_row(store, cell, found) for cell in read_plan(store, sweep)]
 
 
+def in_environment(store: Store, sweep: str, env_id: str) -> list[Row]:
+    """The rows as `rows` has them, with the results of one environment alone."""
+    return [_row(store, {**cell, "env_id": env_id}, ()) for cell in read_plan(store, sweep)]
+
+
 def _row(store: Store, cell: dict[str, Any], found: Sequence[str]) -> Row:
     row: Row = {
         "cell": cell["index"],

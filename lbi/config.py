@@ -259,10 +259,18 @@ class MeasureConfig:
     """How often, and when a sample counts."""
 
     name: str = knob("name shown in tables")
-    repetitions: int = knob("samples wanted", low=1)
+    repetitions: int = knob("samples wanted; with a ci_target the fewest", low=1)
     warmup: int = knob("generations before the first sample", low=1)
     void_budget: int = knob("samples that may be void and repeated before the run fails", default=5, low=0)
     cooldown_s: float = knob("pause before each sample, in seconds", default=0.0, low=0.0)
+    ci_target: float | None = knob(
+        "go on until half the interval of decode_tok_s is at most this share of the median (0.01: 1%); null: no target",
+        default=None,
+        above=0.0,
+    )
+    max_repetitions: int | None = knob(
+        "ci_target: the most samples; null: ten times `repetitions`", default=None, low=2
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,7 +293,26 @@ class TrackerConfig:
     )
     project: str = knob("W&B project", default="lbi")
     entity: str | None = knob("W&B team or user; null: the key's own", default=None)
-    timeout_s: float = knob("bound on everything the tracker does for one sweep, in seconds", default=120.0, above=0.0)
+    timeout_s: float = knob(
+        "bound on everything the tracker does after a sweep, or for one `lbi sync`, in seconds",
+        default=120.0,
+        above=0.0,
+    )
+    inline_s: float | None = knob(
+        "new results go online every so many seconds while the sweep runs, unless it measures on this CPU; "
+        "null: at its end",
+        default=60.0,
+        above=0.0,
+    )
+    files: Literal["none", "results", "all"] = knob(
+        "what is attached: results: each result's files; all: what its trace folder holds too", default="all"
+    )
+    max_file_mb: float = knob(
+        "a larger file is not attached; the run's summary names it, in MB", default=200.0, above=0.0
+    )
+    runs_per_minute: float = knob(
+        "pace once as many runs have been written; W&B limits requests", default=60.0, above=0.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -63,7 +63,12 @@ class Step:
 
 
 def take(engine: Engine, prompt: list[int], device: str, new_tokens: int) -> list[Step]:
-    """What `LAUNCHES_TAKEN` launches of decode steps by `engine` do, or all of a workload of `new_tokens` tokens."""
+    """The decode steps of `take_events`."""
+    return read_steps(take_events(engine, prompt, device, new_tokens))
+
+
+def take_events(engine: Engine, prompt: list[int], device: str, new_tokens: int) -> list[Event]:
+    """A trace of `LAUNCHES_TAKEN` launches of decode steps by `engine`, or of all of a workload of `new_tokens`."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     def mark(tokens: int) -> Any:
@@ -77,7 +82,17 @@ def take(engine: Engine, prompt: list[int], device: str, new_tokens: int) -> lis
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
         # Names of compiled code may hold bytes that are no UTF-8.
-        return read_steps(json.loads(file.read_text(errors="replace"))["traceEvents"])
+        return list(json.loads(file.read_text(errors="replace"))["traceEvents"])
+
+
+def step_spans(events: Iterable[Event]) -> list[tuple[float, float]]:
+    """When the marked launches began and ended on the host, in microseconds, in order."""
+    marked = (event for event in events if _is_mark(event))
+    return sorted((float(event["ts"]), float(event["ts"] + event["dur"])) for event in marked)
+
+
+def _is_mark(event: Event) -> bool:
+    return event.get("cat") == "user_annotation" and str(event["name"]).startswith(MARK)
 
 
 def read_steps(events: Iterable[Event]) -> list[Step]:
@@ -86,7 +101,7 @@ def read_steps(events: Iterable[Event]) -> list[Step]:
     spans = sorted(
         (event["ts"], event["ts"] + event["dur"], event["tid"], _tokens(event["name"]))
         for event in known
-        if event.get("cat") == "user_annotation" and event["name"].startswith(MARK)
+        if _is_mark(event)
     )
     starts = [start for start, *_ in spans]
     steps = [Step(tokens) for *_, tokens in spans]

@@ -69,6 +69,7 @@ def drive(request: Request, launcher: Any) -> None:
 
 def _drive(request: Request, launcher: Any) -> int:
     from lbi.report import terminal
+    from lbi.trackers import meanwhile
 
     started = time.time()
     store, plan = _plan(request, launcher)
@@ -85,7 +86,8 @@ def _drive(request: Request, launcher: Any) -> int:
     write_plan(store, name, plan, _header("python -m lbi -m " + shlex.join(request.arguments), plan, started))
     stop = Stop()
     if runs:
-        with terminal.Live(len(runs), store, name) as live:
+        on_cpu = executor.here and any(cell.config and cell.config.engine.device == "cpu" for cell in runs)
+        with meanwhile(store, name, config.tracker, on_cpu), terminal.Live(len(runs), store, name) as live:
             try:
                 stop = executor.execute(units, store, live.report, started)
             except ClusterError as error:

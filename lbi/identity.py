@@ -20,6 +20,7 @@ from lbi.config import (
     DecodingConfig,
     EngineConfig,
     LbiConfig,
+    MeasureConfig,
     ModelConfig,
     QuantizerConfig,
     WorkloadConfig,
@@ -34,6 +35,8 @@ VERSION = 1
 
 FIRST_DECODING_KNOBS = frozenset({"name", "kind", "temperature", "top_k", "top_p", "seed"})
 """Knobs that have always been part of a run's identity, used or not."""
+
+LATER_MEASURE = frozenset({"ci_target", "max_repetitions"})
 
 DISPLAY_ONLY = frozenset({"name", "note"})
 
@@ -98,6 +101,12 @@ def canonical_workload(workload: WorkloadConfig) -> str:
     return canonical(known)
 
 
+def canonical_measure(measure: MeasureConfig) -> str:
+    """The measure section without knobs that are not set and that the first runs did not have."""
+    known = plain(measure)
+    return canonical({name: value for name, value in known.items() if name not in LATER_MEASURE or value is not None})
+
+
 def canonical_cache(cache: CacheConfig) -> str:
     """The cache section without knobs that are not set, except those that the first caches had."""
     return canonical({key: value for key, value in plain(cache).items() if value is not None or key == "max_len"})
@@ -118,6 +127,7 @@ def run_id_of(config: LbiConfig, facts: ModelFacts) -> str:
     made["decoding"] = canonical_decoding(config.decoding)
     made["cache"] = canonical_cache(config.cache)
     made["workload"] = canonical_workload(config.workload)
+    made["measure"] = canonical_measure(config.measure)
     return run_id(made)
 
 

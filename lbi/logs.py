@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from lbi.cells import find_cell
 from lbi.collect import Row, rows
-from lbi.errors import InputError
 from lbi.store import Store
 from lbi.submissions import Submissions
 
@@ -16,7 +16,7 @@ FOLLOW_S = 0.5
 
 def show(store: Store, sweep: str, cell: str, follow: bool) -> int:
     """Print the log of a cell, given by number, run id or a part of its name."""
-    row = _find(rows(store, sweep), cell)
+    row = find_cell(rows(store, sweep), cell)
     log = _log(store, sweep, row)
     if log is None:
         reason = f" ({row['reason']})" if row["reason"] else ""
@@ -26,7 +26,7 @@ def show(store: Store, sweep: str, cell: str, follow: bool) -> int:
     position = 0
     while True:
         position = _print_from(log, position)
-        row = _find(rows(store, sweep), str(row["cell"]))
+        row = find_cell(rows(store, sweep), str(row["cell"]))
         if not follow or row["status"] not in ("running", "missing", "queued"):
             _print_from(log, position)
             return 0
@@ -34,19 +34,6 @@ def show(store: Store, sweep: str, cell: str, follow: bool) -> int:
         current = _log(store, sweep, row)
         if current != log:
             log, position = current, 0
-
-
-def _find(table: list[Row], cell: str) -> Row:
-    if cell.isdigit() and int(cell) < len(table):
-        return table[int(cell)]
-    matching = [row for row in table if cell in row["name"] or (row["run_id"] and row["run_id"].startswith(cell))]
-    exact = [row for row in matching if row["name"] == cell]
-    if len(exact or matching) == 1:
-        return (exact or matching)[0]
-    listed = "; ".join(f"{row['cell']}: {row['name']}" for row in (matching or table)[:10])
-    raise InputError(
-        "cell", cell, "fits several cells" if matching else "there is no such cell", f"There are: {listed}"
-    )
 
 
 def _log(store: Store, sweep: str, row: Row) -> Path | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lbi import decode_trace, dequantized, kernels_seen
+from lbi import decode_trace, dequantized, kernels_seen, timeline
 from lbi.config import LbiConfig, QuantizerConfig
 from lbi.engines import Engine
 from lbi.extensions import torchao_extensions
@@ -39,8 +39,10 @@ def look_inside(
     if any(option.family == "torchao" for option in options.values()):
         record.effective["torchao_extensions"] = torchao_extensions()
     with phases("look inside"):
-        steps = decode_trace.take(engine, prompt, device, config.workload.new_tokens)
+        events = decode_trace.take_events(engine, prompt, device, config.workload.new_tokens)
+        steps = decode_trace.read_steps(events)
     record.effective["kernels"] = kernels_seen.summary(steps, device)
+    record.effective["timeline"] = timeline.breakdown(events, steps, device)
     kernels_seen.check(steps, options.values(), device, backend)
     sizes = weight_only(layers, options)
     if not sizes:

@@ -7,12 +7,12 @@ from statistics import median
 from typing import Any
 
 from lbi.compilers import counters
-from lbi.config import LbiConfig
+from lbi.config import LbiConfig, MeasureConfig
 from lbi.energy import EnergyMeter
 from lbi.engines import Engine, Generation
 from lbi.errors import Disturbed, NotApplied, RunFailure, Unsupported
 from lbi.gpu_processes import ForeignWatch, named
-from lbi.metrics import Speculation, Timing, summarize, summarize_speculation, summarize_structure
+from lbi.metrics import Speculation, Timing, median_interval, summarize, summarize_speculation, summarize_structure
 from lbi.process import CpuWatch, PeakMemory, Phases
 from lbi.record import Record
 
@@ -26,11 +26,12 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
     Raises `NotApplied` or `Disturbed` if too many are void.
     """
     wanted, valid, voids, joules = config.measure.repetitions, [], [], []
+    most = _most(config.measure)
     speculations: list[Speculation] = []
     tokens: list[int] = []
     others = ForeignWatch(config.engine.device)
     with phases("measure"), PeakMemory(config.engine.device) as peak:
-        for number in range(wanted + config.measure.void_budget):
+        for number in range(most + config.measure.void_budget):
             time.sleep(config.measure.cooldown_s)
             before = counters()
             with others, CpuWatch() as watch, EnergyMeter(config.engine.device) as meter:
@@ -50,19 +51,43 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
             valid.append(generation.timing)
             joules.append(meter.joules)
             speculations += [generation.speculation] if generation.speculation else []
-            if len(valid) == wanted:
+            if len(valid) >= wanted and (len(valid) == most or _is_narrow(valid, config.measure.ci_target)):
                 break
     if len(valid) < wanted:
         raise _too_few(voids, len(valid), config.measure.void_budget)
     record.metrics |= summarize(valid) | summarize_speculation(speculations)
     if config.decoding.grammar is not None:
         record.metrics |= summarize_structure(speculations)
+    _note_target(config.measure, valid, record)
     record.metrics["void_samples"] = float(len(voids))
     record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
     record.effective |= others.report()
     _note_compile(config, valid, record)
     _note_surroundings(config, joules, len(tokens) * config.workload.batch, record)
     return tokens
+
+
+def _most(measure: MeasureConfig) -> int:
+    """The most samples that are taken."""
+    if measure.ci_target is None:
+        return measure.repetitions
+    return max(measure.repetitions, measure.max_repetitions or 10 * measure.repetitions)
+
+
+def _is_narrow(valid: list[Timing], target: float | None) -> bool:
+    """Whether the interval is as narrow as wanted; without a target there is nothing to wait for."""
+    if target is None:
+        return True
+    found = median_interval([timing.speeds()["decode_tok_s"] for timing in valid])
+    return found.low is not None and found.high is not None and (found.high - found.low) / 2 <= target * found.median
+
+
+def _note_target(measure: MeasureConfig, valid: list[Timing], record: Record) -> None:
+    """Whether the target was reached, and that the interval's coverage is not exact where samples stop by it."""
+    if measure.ci_target is None:
+        return
+    reached = _is_narrow(valid, measure.ci_target)
+    record.effective["ci_target"] = {"target": measure.ci_target, "reached": reached, "samples": len(valid)}
 
 
 def _check_structure(config: LbiConfig, generation: Generation) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import tempfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +15,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from lbi.config import EngineConfig, ModelConfig
-from lbi.errors import InputError, Unsupported
-from lbi.long_text import rounds
+from lbi.errors import Unsupported
 from lbi.model_files import ModelFacts, inspect
 from lbi.places import cache_folder
+from lbi.prompts import stand_in_tokens
 from lbi.quantizers.loaders import stored_format
 
 
@@ -141,42 +139,9 @@ def _random(config: ModelConfig, engine: EngineConfig) -> LoadedModel:
     vocabulary = hf_config.vocab_size
     return LoadedModel(
         model.eval(),
-        lambda text: _stand_in_tokens(text, vocabulary),
+        lambda text: stand_in_tokens(text, vocabulary),
         lambda tokens: " ".join(map(str, tokens)),
     )
-
-
-def _stand_in_tokens(text: str, vocabulary: int) -> list[int]:
-    """Token ids for a model that has no tokenizer: one a word, about as many as a real one makes."""
-    words = re.findall(r"\s?\w+|[^\w\s]", text)
-    return [0, *(1 + zlib.crc32(word.encode()) % (vocabulary - 1) for word in words)]
-
-
-def read_text(name: str) -> str:
-    """The text itself, a text of lbi/texts ("text:chat"), a long one made of it ("rounds:quality"), or a file.
-
-    Raises `Unsupported` for one that is not there.
-    """
-    if name.startswith("rounds:"):
-        return rounds(read_text("text:" + name.removeprefix("rounds:")))
-    if not name.startswith("text:"):
-        # A prompt may be longer than any file's name, which pathlib raises for.
-        path = os.path.expanduser(name)
-        return Path(path).read_text() if os.path.isfile(path) else name
-    file = Path(__file__).parent / "texts" / f"{name.removeprefix('text:')}.txt"
-    if not file.is_file():
-        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.txt")))
-        raise Unsupported(f"{name}: there is no such text; there are: {known}")
-    return file.read_text()
-
-
-def fit_tokens(tokens: list[int], wanted: int | None) -> list[int]:
-    """Cut or repeat `tokens` to `wanted`; all of them where `wanted` is None. Raises `InputError` for none at all."""
-    if not tokens:
-        raise InputError("workload.prompt", None, "has no tokens", "Give a text of at least one token")
-    if wanted is None:
-        return tokens
-    return (tokens * (wanted // len(tokens) + 1))[:wanted]
 
 
 def main(path: str, dtype: str = "bfloat16") -> None:

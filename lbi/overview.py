@@ -25,6 +25,8 @@ Afterwards (SWEEP is a name, the beginning of one, or left out for the newest):
   python -m lbi report [SWEEP]      the table and the answer again, and the HTML report
   python -m lbi collect [SWEEP]     results.csv and results.parquet again
   python -m lbi sync [SWEEP]        hand the results to the tracker again
+  python -m lbi trace RUN [OTHER]   where a decode step's time goes, and which kernels cost the difference
+  python -m lbi recipe RUN          a result as a short script of its own, without lbi where it can be
   python -m lbi doctor              what this machine can run, and what is missing for the rest
 
 Groups (choose with group=option; * is the default)

@@ -138,6 +138,8 @@ class _Sections:
                 text = identity.canonical_cache(section)
             elif group == "workload":
                 text = identity.canonical_workload(section)
+            elif group == "measure":
+                text = identity.canonical_measure(section)
             else:
                 text = identity.canonical(plain(section))
             self._canonical[key] = (section, text)

@@ -85,7 +85,7 @@ def _table(model: str, workload: str, rows: list[Row], wanted: str | None, max_k
     ordered = sorted(measured, key=lambda row: -row[SPEED])
     front = {row["cell"] for row in pareto(ordered)}
     ranks = _ranks(ordered)
-    ranked = [Ranked(row, *ranks[row["cell"]], _ratio(row, base), row is base, row["cell"] in front) for row in ordered]
+    ranked = [Ranked(row, *ranks[row["cell"]], ratio(row, base), row is base, row["cell"] in front) for row in ordered]
     ranked += [Ranked(row, None, False, None, False, False) for row in rows if row["cell"] not in ranks]
     return Table(model, workload, base, ranked, answers(ordered, base, max_kld))
 
@@ -118,7 +118,8 @@ def is_tie(one: Row, other: Row, name: str = SPEED) -> bool | None:
     return first[0] <= second[1] and second[0] <= first[1]
 
 
-def _ratio(row: Row, base: Row | None) -> Ratio | None:
+def ratio(row: Row, base: Row | None) -> Ratio | None:
+    """The row's speed over the other's; None where there is no other."""
     if base is None:
         return None
     ours, theirs = interval(row), interval(base)
@@ -275,13 +276,13 @@ def speed_of(row: Row) -> str:
 
 
 def _against(row: Row, base: Row | None) -> str:
-    ratio = _ratio(row, base)
-    if ratio is None or base is None:
+    found = ratio(row, base)
+    if found is None or base is None:
         return "."
     if row is base:
         return ": the baseline itself."
-    spread = "" if ratio.low is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
-    speed = f", {ratio.value:.2f}x{spread} the speed of the baseline {base['name']}"
-    if ratio.tie:
+    spread = "" if found.low is None else f" ({found.low:.2f} to {found.high:.2f})"
+    speed = f", {found.value:.2f}x{spread} the speed of the baseline {base['name']}"
+    if found.tie:
         return speed + ": a tie with it."
-    return speed + ("." if ratio.tie is False else "; one repetition, so the noise is unknown.")
+    return speed + ("." if found.tie is False else "; one repetition, so the noise is unknown.")

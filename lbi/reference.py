@@ -92,7 +92,8 @@ def main(folder: Path) -> None:
         raise SystemExit(f"{folder}: there is no request.json")
     config = unquantized(build(LbiConfig, request["config"]))
     prepare(config)
-    from lbi.models import fit_tokens, load, read_text
+    from lbi.models import load
+    from lbi.prompts import fit_tokens, read_text
 
     loaded = load(config.model, config.engine)
     engine = make(config, loaded.model, slots=0)

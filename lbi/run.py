@@ -65,7 +65,8 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     from lbi.draft_models import load_draft
     from lbi.engines import make
     from lbi.look_inside import look_inside
-    from lbi.models import fit_tokens, load, read_text
+    from lbi.models import load
+    from lbi.prompts import fit_tokens, read_text
 
     with phases("load"):
         steps.check_request(config, request)

@@ -29,7 +29,7 @@ def main() -> None:
                 (new[0], keys), (new[1], values), position, kind, torch.bfloat16,
                 angles=angles, launch={"num_warps": 1, "PDL": fused, **extra},
             )  # fmt: skip
-            size = cache_gpu.scratch_size(kind, heads, kv_heads, splits)
+            size = cache_gpu.scratch_size(kind.width, heads, splits)
             scratch = torch.zeros(size), torch.zeros(kv_heads, dtype=torch.int32)
             out = torch.zeros(heads, width, dtype=torch.bfloat16)
             cache_gpu.attend(

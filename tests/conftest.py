@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes.wandb_server import KEY, FakeWandb
 from slurm_cluster import Cluster, Clusters, NotInstalled
 
 from lbi.compose import Composed, Composer, parse
@@ -75,7 +76,8 @@ def run_lbi(tmp_path: Path) -> Callable[..., Any]:
     import subprocess
 
     def run(*arguments: str, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "LBI_STORE": str(tmp_path / "store"), "PYTHONPATH": str(ROOT), **variables}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "LBI_STORE": str(tmp_path / "store"), "PYTHONPATH": path, **variables}
         return subprocess.run(
             [sys.executable, "-m", "lbi", *arguments],
             capture_output=True,
@@ -126,3 +128,26 @@ def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
 def cluster_without_accounting(make_cluster: Callable[..., Cluster]) -> Cluster:
     """A SLURM cluster without slurmdbd: sacct refuses."""
     return make_cluster(ACCT="none")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder without W&B settings, and an environment without W&B's or a proxy's variables."""
+    for name in list(os.environ):
+        if name.startswith("WANDB_") or name.lower().endswith("_proxy") or name == "NETRC":
+            monkeypatch.delenv(name)
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    # The driver's process must do without wandb; the writer is another process.
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    return folder
+
+
+@pytest.fixture
+def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
+    """A server that the environment points to, and a key for it."""
+    with FakeWandb() as fake:
+        monkeypatch.setenv("WANDB_BASE_URL", fake.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield fake

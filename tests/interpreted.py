@@ -21,7 +21,7 @@ from lbi.kernels.tiles import Tile
 FITS = Tile(32, 16, 1)
 """A tile that the even shape has no rest of, alone and in two parts."""
 
-RAGGED = [Tile(32, 16, 1), Tile(32, 16, 1, split=2), Tile(64, 32, 2, split=4)]
+RAGGED = [Tile(16, 16, 1), Tile(32, 16, 1, split=2), Tile(64, 32, 2, split=4)]
 """Tiles that leave a rest of rows and of words; the last has more parts than blocks."""
 
 

@@ -48,7 +48,7 @@ def check(kind: CacheFormat, heads: int, kv_heads: int) -> None:
         queries, out = torch.randn(heads, kind.width), torch.empty(heads, kind.width)
         splits = 3
         scratch = (
-            torch.zeros(cache_gpu.scratch_size(kind, heads, kv_heads, splits)),
+            torch.zeros(cache_gpu.scratch_size(kind.width, heads, splits)),
             torch.zeros(kv_heads, dtype=torch.int32),
         )
         position, angles = torch.tensor([now], dtype=torch.int32), (cos, sin) if now % 2 else None
@@ -70,8 +70,9 @@ def main() -> None:
     """Fresh random inputs every time."""
     for name in FORMATS:
         check(CacheFormat(name, 64, 64), heads=6, kv_heads=2)
+        check(CacheFormat(name, 64, 16), heads=4, kv_heads=1)
         check(CacheFormat(name, 80, 20), heads=4, kv_heads=1)
-    print(f"{2 * len(FORMATS)} formats")
+    print(f"{3 * len(FORMATS)} formats")
 
 
 if __name__ == "__main__":

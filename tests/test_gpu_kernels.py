@@ -32,6 +32,7 @@ def on_gpu(matrix: Packed) -> Packed:
 @pytest.mark.parametrize("name", FORMS)
 def test_products_are_those_of_float64(name: str, dtype: torch.dtype) -> None:
     """Every way through the kernels: one token, few, and more than the tensor cores take at once."""
+    from lbi.kernels.gemv import MOST_ROWS
     from lbi.kernels.packed_ops import packed_linear
 
     form: Form = FORMS[name]
@@ -43,7 +44,9 @@ def test_products_are_those_of_float64(name: str, dtype: torch.dtype) -> None:
         for tokens in (1, 2, 8, 9, 16, 17):
             x = torch.randn(tokens, inputs).to(dtype)
             y = packed_linear(x.cuda(), there.data, there.scales, there.zeros, bias.cuda(), there.format)
-            assert error(y.cpu(), matrix, x, bias) < LARGEST[dtype], (rows, inputs, tokens)
+            # Beyond 16 tokens the weights are written out, and rounded, too.
+            roundings = 2 if tokens > MOST_ROWS else 1
+            assert error(y.cpu(), matrix, x, bias) < LARGEST[dtype] * roundings, (rows, inputs, tokens)
 
 
 @pytest.mark.parametrize("name", ["w4 g32", "w4 row", "w2 g64", "w158", "w8"])

@@ -24,9 +24,10 @@ from lbi.errors import InputError, Unsupported
 from lbi.kernels_seen import summary
 from lbi.look_inside import look_inside
 from lbi.model_files import ModelFacts
-from lbi.models import fit_tokens, load, read_text
+from lbi.models import load
 from lbi.plan import Plan
 from lbi.process import Phases
+from lbi.prompts import fit_tokens, read_text
 from lbi.record import Record
 from lbi.verdicts import PRUNED, RUN
 

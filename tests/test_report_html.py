@@ -10,12 +10,16 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lbi.collect import rows
+from lbi.comparing import compare, resolve
+from lbi.errors import InputError
 from lbi.report import html, vega
 from lbi.report.charts import KLD_FLOOR
 from lbi.store import Store
@@ -82,7 +86,11 @@ class Page(HTMLParser):
         return shown
 
     def charts(self) -> dict[str, Any]:
-        return dict(json.loads(self.scripts["charts"]))
+        return dict(json.loads(self.scripts["charts"])["specs"])
+
+    def records(self, table: int = 1) -> list[dict[str, Any]]:
+        """What the charts of a table are drawn from."""
+        return list(json.loads(self.scripts["charts"])["cells"][str(table)])
 
 
 class Sweep:
@@ -297,7 +305,7 @@ def test_nothing_from_a_result_becomes_markup(sweep: Callable[..., Sweep]) -> No
     assert not [tag for tag, _ in page.tags if tag in ("img", "iframe", "object", "embed", "link", "base", "form")]
     assert not [name for _, found in page.tags for name in found if name.startswith("on")]
     assert page.details(0)["generated text"].startswith(HOSTILE)
-    assert page.charts()["bars-1"]["data"]["values"][0]["label"] == HOSTILE
+    assert page.records()[0]["label"] == HOSTILE
     assert HOSTILE in page.rows["c1"]
     assert page.text.count(HOSTILE) >= 8
 
@@ -361,11 +369,11 @@ def test_charts_hold_the_numbers(sweep: Callable[..., Sweep]) -> None:
     made.measured("int8_wo", 150.0, 0.01)
     made.measured("int8_wo", 120.0, 0.02)
     page = made.page()
-    values = {value["label"]: value for value in page.charts()["pareto-1"]["data"]["values"]}
+    values = {value["label"]: value for value in page.records()}
     # Two cells of one name would be one bar.
     assert set(values) == {"none", "int8_wo (cell 1)", "int8_wo (cell 2)"}
     assert (values["none"]["kld"], values["none"]["shown_kld"]) == (0.0, KLD_FLOOR)
-    assert {label for label, value in values.items() if value["front"]} == {"none", "int8_wo (cell 1)"}
+    assert {label for label, value in values.items() if value.get("front")} == {"none", "int8_wo (cell 1)"}
     assert (values["none"]["low"], values["none"]["high"]) == (99.0, 101.0)
     assert "1 cell is below 1e-06 and drawn there" in page.text
 
@@ -438,7 +446,7 @@ def test_a_thousand_cells_fit(sweep: Callable[..., Sweep], monkeypatch: pytest.M
     assert file.stat().st_size < 2_000_000
     page = Page(file.read_text())
     assert len(page.rows) == 1000
-    assert set(page.charts()) == {"bars-1", "pareto-1"}
+    assert set(page.charts()) == {"bars-1", "pareto-1", "parallel-1"}
     assert "To keep this file small" in page.text
     assert page.details(899)["run_id"] == f"{899:012x}"
 
@@ -471,31 +479,173 @@ def test_the_bundle_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert vega.bundle() is None
 
 
-def test_a_browser_draws_it_without_a_complaint(tmp_path: Path) -> None:
-    pytest.importorskip("vl_convert")
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("there is no chromium here")
+def test_against_another_sweep_and_another_environment(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    made.measured("none", 100.0)
+    made.measured("int8_wo", 150.0)
+    made.measured("hqq4", 80.0)
+    made.measured("int4_wo", 60.0)
+    made.result(made.cell("fp8_wo"), "oom", "needs 90 GB")
+    made.page()
+    # The same cells elsewhere: one as fast, one slower, one faster, one without a number.
+    for index, speed in ((0, 100.5), (1, 120.0), (2, 99.0)):
+        folder = made.store.run_folder(f"{index:012x}", "e1") / "attempt-1"
+        folder.mkdir(parents=True)
+        numbers = {
+            "decode_tok_s": speed,
+            "decode_tok_s_lo": speed - 1,
+            "decode_tok_s_hi": speed + 1,
+            "repetitions": 5.0,
+        }
+        (folder / "metrics.json").write_text(json.dumps({"schema": 1, "metrics": numbers}))
+        outcome = {"schema": 1, "run_id": f"{index:012x}", "status": "ok", "reason": "", "attempt": 1}
+        (folder.parent / "status.json").write_text(json.dumps(outcome | {"finished": 1.0, "seconds": 1.0}))
+    found = compare(made.store, SWEEP, rows(made.store, SWEEP), "e1")
+    assert [(pair.row["name"], pair.verdict) for pair in found.pairs] == [
+        ("hqq4", "slower"), ("none", "tie"), ("int8_wo", "faster"),
+    ]  # fmt: skip
+    assert [row["name"] for row in found.alone] == ["int4_wo"]
+    made.lines[0]["against"] = "e1"
+    page = made.page()
+    words = (
+        "Of 3 cells measured here and in environment e1: 1 faster beyond noise, 1 slower beyond noise, 1 within noise."
+    )
+    assert words in page.text
+    assert "1.25 (1.23 to 1.27)" in page.text
+    assert "#against" in page.attributes("href")
+    itself = compare(made.store, SWEEP, rows(made.store, SWEEP), SWEEP)
+    assert {pair.verdict for pair in itself.pairs} == {"tie"}
+    assert resolve(made.store, "e1") == "e1"
+    with pytest.raises(InputError, match="neither a sweep nor an env_id"):
+        resolve(made.store, "nonsense")
+
+
+READER = """
+addEventListener("load", () => setTimeout(async () => {
+  const pause = () => new Promise((done) => setTimeout(done, 300));
+  const body = document.querySelector("#cells-1 tbody");
+  const shown = () => [...body.rows].filter((row) => row.id && !row.hidden).map((row) => row.id);
+  const marks = (chart) => document.querySelectorAll(`[data-chart="${chart}-1"] .mark-symbol.role-mark path`).length;
+  const choose = (list, value) => {
+    list.value = value;
+    list.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  const seen = { width: innerWidth, page: document.documentElement.scrollWidth, ready: performance.now() };
+  seen.charts = document.querySelectorAll(".chart svg").length;
+  seen.ranked = shown();
+  [...document.querySelectorAll("#cells-1 thead button")].find((head) => head.textContent === "cell").click();
+  seen.planned = shown();
+  const dot = document.querySelector('[data-chart="roofline-1"] .mark-symbol path');
+  if (dot) {
+    const { x, y } = dot.getBoundingClientRect();
+    const there = { bubbles: true, clientX: x + 2, clientY: y + 2 };
+    for (const kind of ["pointerover", "pointermove"]) dot.dispatchEvent(new PointerEvent(kind, there));
+    for (const kind of ["mouseover", "mousemove"]) dot.dispatchEvent(new MouseEvent(kind, there));
+    await pause();
+    seen.hover = document.querySelector("#vg-tooltip-element")?.textContent;
+  }
+  seen.dots = marks("roofline");
+  seen.kinds = document.querySelectorAll('[data-chart="kernels-1"] .mark-rect.role-mark path').length;
+  const controls = document.querySelector(".filter");
+  choose(controls.querySelector("select.by"), "cache");
+  seen.groups = [...body.querySelectorAll("tr.group")].map((row) => row.textContent);
+  choose(controls.querySelector('[data-group="quantizer"]'), "hqq4");
+  await pause();
+  seen.chosen = shown();
+  seen.said = controls.querySelector("output").textContent;
+  seen.fewer = marks("roofline");
+  choose(controls.querySelector('[data-group="quantizer"]'), "");
+  for (const pick of [...document.querySelectorAll("#cells-1 .pick")].slice(0, 2)) pick.click();
+  seen.beside = document.querySelector("#beside-1").innerText;
+  document.body.dataset.seen = JSON.stringify(seen);
+}, 700));
+"""
+"""Uses the page as a reader would, and leaves what there was to see in an attribute of the body."""
+
+
+class Browser:
+    """Headless Chromium without a network; what it complains of is a failure."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("vl_convert")
+        found = shutil.which("chromium") or shutil.which("google-chrome")
+        if found is None:
+            pytest.skip("there is no chromium here")
+        self.program, self.folder = found, folder
+        own = html._file
+        monkeypatch.setattr(html, "_file", lambda name: own(name) + (READER if name == "page.js" else ""))
+
+    def read(self, file: Path, *more: str) -> dict[str, Any]:
+        """What `READER` saw; `dom` is the page afterwards."""
+        quiet = "--disable-gpu --disable-dev-shm-usage --disable-background-networking --no-first-run --no-sandbox"
+        logged = "--enable-logging=stderr --v=0 --virtual-time-budget=8000"
+        command = [self.program, "--headless", *quiet.split(), *logged.split(), f"--user-data-dir={self.folder}"]
+        done = subprocess.run(
+            [*command, *more, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=90, check=True
+        )
+        assert "CONSOLE" not in done.stderr, done.stderr
+        seen = re.search(r'data-seen="([^"]*)"', done.stdout)
+        assert seen is not None
+        return {**json.loads(unescape(seen.group(1))), "dom": done.stdout}
+
+
+@pytest.fixture
+def browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Browser:
+    return Browser(tmp_path / "profile", monkeypatch)
+
+
+def numbered(speed: float, kld: float, read: float) -> dict[str, Any]:
+    """Metrics of a cell that has a place on the roofline, of a memory with 42 GB/s."""
+    numbers = {"decode_tok_s": speed, "decode_tok_s_lo": speed - 1, "decode_tok_s_hi": speed + 1, "mean_kld": kld}
+    numbers |= {"bytes_per_token": read, "mbu_measured": speed * read / 42e9, "bits_per_weight": read / 1e7}
+    return {"metrics": {**numbers, "repetitions": 5.0, "interval_coverage": 0.9375}, "missing": {}}
+
+
+def test_a_browser_draws_it_without_a_complaint(tmp_path: Path, browser: Browser) -> None:
     made = Sweep(tmp_path / "store")
     made.measured(HOSTILE, 100.0, 0.0, text={"text": HOSTILE})
     made.measured("int8_wo", 150.0)
     one_repetition = {"metrics": {"decode_tok_s": 7.0, "repetitions": 1.0}, "missing": {}}
     made.result(made.cell("none", model="other"), metrics=one_repetition)
-    quiet = [
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--disable-background-networking",
-        "--no-first-run",
-        "--no-sandbox",
+    seen = browser.read(made.write())
+    assert seen["charts"] >= 3
+    assert seen["dom"].count('class="more"') == 3
+
+
+def test_a_reader_sorts_points_filters_groups_and_compares(tmp_path: Path, browser: Browser) -> None:
+    made = Sweep(tmp_path / "store")
+    for number, (name, cache, speed) in enumerate(
+        [("none", "dynamic", 90.0), ("none", "static", 95.0), ("hqq4", "dynamic", 40.0), ("hqq4", "static", 120.0)]
+    ):
+        index = made.cell(name, cache=cache)
+        text = {"text": f"text number {number}"}
+        taken = {"kinds_ms": {"products": 5.0, "norms": 1.0}, "outside_ms": 2.0, "time": "of the CPU"}
+        files = {"metrics": numbered(speed, 0.01 * number, 270e6 - 1e8 * (name == "hqq4")), "text": text}
+        made.result(index, **files, effective={"timeline": taken})
+    seen = browser.read(made.write(), "--window-size=1300,2000")
+    assert seen["ranked"] == ["c3", "c1", "c0", "c2"]
+    assert seen["planned"] == ["c0", "c1", "c2", "c3"]
+    assert seen["charts"] == 5
+    assert "MBU" in seen["hover"]
+    assert seen["dots"] == 4
+    assert seen["kinds"] == 4 * 3
+    assert seen["groups"] == [
+        "cache dynamic: 2 cells, the fastest 90 tok/s",
+        "cache static: 2 cells, the fastest 120 tok/s",
     ]
-    logged = [
-        "--enable-logging=stderr",
-        "--v=0",
-        "--virtual-time-budget=5000",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    command = [browser, "--headless", *quiet, *logged, "--dump-dom", made.write().as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.count("<svg") >= 3
-    assert done.stdout.count('class="more"') == 3
-    assert "CONSOLE" not in done.stderr
+    assert seen["chosen"] == ["c2", "c3"]
+    assert seen["said"] == "2 of 4 rows"
+    assert seen["fewer"] == 2
+    assert "Side by side: 2 cells" in seen["beside"]
+    assert "text number 0" in seen["beside"]
+    assert "text number 2" in seen["beside"]
+    assert "The same in all: " in seen["beside"]
+
+
+def test_a_narrow_window_scrolls_the_table_and_not_the_page(tmp_path: Path, browser: Browser) -> None:
+    made = Sweep(tmp_path / "store")
+    for name in ("none", "int4_wo", "hqq4"):
+        made.result(made.cell(f"{name} inductor_max_autotune"), metrics=numbered(90.0 + len(name), 0.01, 270e6))
+    seen = browser.read(made.write(), "--window-size=400,900")
+    assert seen["width"] <= 500
+    assert seen["page"] <= seen["width"]

@@ -69,6 +69,23 @@ def test_too_many_void_samples_are_no_number(plan: Callable[..., Plan], tmp_path
         measured(plan, tmp_path, {0, 2, 3})
 
 
+@pytest.mark.parametrize(("target", "taken", "reached"), [(0.67, 3, True), (0.66, 7, False)])
+def test_samples_are_taken_until_the_interval_is_narrow(
+    plan: Callable[..., Plan], tmp_path: Path, target: float, taken: int, reached: bool
+) -> None:
+    """Calls take 1, 2, 3, ... s a token: half the interval is two thirds of the median after 3, and more later."""
+    wide = ["measure.max_repetitions=7", f"measure.ci_target={target}"]
+    record, _ = measured(plan, tmp_path, set(), *wide)
+    assert record.metrics["repetitions"] == taken
+    assert record.effective["ci_target"] == {"target": target, "reached": reached, "samples": taken}
+
+
+def test_a_target_that_is_not_set_leaves_a_run_its_id(plan: Callable[..., Plan]) -> None:
+    ids = {plan(*more).cells[0].run_id for more in ([], ["measure.ci_target=null"])}
+    assert len(ids) == 1
+    assert plan("measure.ci_target=0.01").cells[0].run_id not in ids
+
+
 @pytest.fixture
 def neighbours(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Measure as on a GPU of which NVML gives, look by look, these processes beside this one."""

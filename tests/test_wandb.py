@@ -6,107 +6,40 @@ server or a network does holds up the driver or leaves a process behind.
 
 from __future__ import annotations
 
+import gzip
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes.wandb_server import KEY, FakeWandb
+from wandb_cases import (
+    ENV_ID,
+    cell,
+    config,
+    files,
+    offline_folders,
+    processes_of,
+    put_plan,
+    put_result,
+    put_sweep,
+    said,
+)
 
-from lbi.config import TrackerConfig
-from lbi.files import write_json, write_json_lines
+from lbi.files import write_bytes, write_json_lines, write_text
 from lbi.store import Store
-from lbi.trackers import track
-from lbi.trackers import wandb as tracker
+from lbi.trackers import track, wandb_process
 from lbi.trackers.wandb_access import Access, key_sources, may_be_online_now, unreachable
+from lbi.trackers.wandb_files import VIEWED
 from lbi.trackers.wandb_runs import MAX_TAG, Ledger, of_sweep
-
-ENV_ID = "e" * 12
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder without W&B settings, and an environment without W&B's or a proxy's variables."""
-    for name in list(os.environ):
-        if name.startswith("WANDB_") or name.lower().endswith("_proxy") or name == "NETRC":
-            monkeypatch.delenv(name)
-    folder = tmp_path / "home"
-    folder.mkdir()
-    monkeypatch.setenv("HOME", str(folder))
-    # The driver's process must do without wandb; the writer is another process.
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    return folder
-
-
-@pytest.fixture
-def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
-    """A server that the environment points to, and a key for it."""
-    with FakeWandb() as fake:
-        monkeypatch.setenv("WANDB_BASE_URL", fake.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        yield fake
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.open(tmp_path / "store", write=True)
-
-
-def config(**changes: Any) -> TrackerConfig:
-    return TrackerConfig(**{"name": "wandb", "kind": "wandb", "timeout_s": 60.0, **changes})
-
-
-def put_result(
-    store: Store, run_id: str, status: str, reason: str = "", attempt: int = 1, speed: float = 100.0
-) -> None:
-    """A result as lbi.store and lbi.run lay it out."""
-    folder = store.run_folder(run_id, ENV_ID) / f"attempt-{attempt}"
-    sections = {
-        "model": {"name": "tiny", "source": "random", "path": None, "note": "for tests", "arch": {"hidden_size": 64}},
-        "quantizer": {"name": "int4_wo", "bits": 4, "skip": ["lm_head", "embed"]},
-        "store": {"path": str(store.root)},
-    }
-    write_json(folder / "config.json", {"schema": 1, "config": sections, "device_name": "Some CPU"})
-    outcome = {"run_id": run_id, "env_id": ENV_ID, "status": status, "reason": reason, "attempt": attempt}
-    outcome |= {"schema": 1, "host": "node7", "finished": 1.8e9, "seconds": 2.5}
-    write_json(folder / "outcome.json", outcome)
-    if status == "ok":
-        metrics = {"decode_tok_s": speed, "mean_kld": 0.015625, "compile_s": None, "repetitions": 5.0}
-        write_json(folder / "metrics.json", {"schema": 1, "metrics": metrics, "missing": {"compile_s": "not compiled"}})
-    write_json(folder.parent / "status.json", outcome)
-
-
-def cell(index: int, run_id: str, verdict: str = "RUN", quantizer: str = "int4_wo", reason: str = "") -> dict[str, Any]:
-    choices = {"model": "tiny", "engine": "hf", "quantizer": quantizer, "compiler": "eager", "decoding": "greedy"}
-    return {
-        "index": index,
-        "name": f"{quantizer} eager {index}",
-        "overrides": [f"quantizer={quantizer}"],
-        "choices": choices | {"cache": "static", "workload": "chat"},
-        "run_id": run_id,
-        "env_id": ENV_ID if run_id else "",
-        "verdict": verdict,
-        "reason": reason,
-        "rule": "some_rule" if verdict == "PRUNED" else "",
-    }
-
-
-def put_plan(store: Store, sweep: str, *cells: dict[str, Any]) -> None:
-    write_json_lines(store.sweep_folder(sweep) / "plan.jsonl", [{"schema": 1, "sweep": sweep}, *cells])
-
-
-def put_sweep(store: Store, sweep: str = "survey", results: int = 2) -> None:
-    """A sweep of so many measured cells."""
-    ids = [f"{i:012x}" for i in range(results)]
-    for run_id in ids:
-        put_result(store, run_id, "ok")
-    put_plan(store, sweep, *(cell(i, run_id) for i, run_id in enumerate(ids)))
+from lbi.trackers.wandb_sweep_run import sweep_run_id
+from lbi.trackers.wandb_writer import Pace
 
 
 def forbid_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,27 +49,10 @@ def forbid_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", refuse)
 
 
-def files(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if not path.is_symlink()}
-
-
-def processes_of(home: Path) -> dict[int, str]:
-    """Command lines of the writer and its helpers: they alone have this test's home folder and the mark."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            variables = (entry / "environ").read_bytes().split(b"\0")
-            if f"HOME={home}".encode() in variables and any(
-                item.startswith(tracker.MARK.encode()) for item in variables
-            ):
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except (OSError, ValueError):
-            continue
-    return found
-
-
-def offline_folders(store: Store) -> list[Path]:
-    return sorted((store.root / "wandb").glob("offline-run-*"))
+def assert_no_key(store: Store) -> None:
+    found = [file for file in store.root.rglob("*") if file.is_file()]
+    assert len(found) > 10
+    assert [file for file in found if KEY.encode() in file.read_bytes()] == []
 
 
 def put_every_kind(store: Store) -> None:
@@ -163,17 +79,27 @@ def test_online_says_what_the_store_says(server: FakeWandb, store: Store, home: 
     measured, failed = server.runs[f"{'a' * 12}-{ENV_ID}"], server.runs[f"{'b' * 12}-{ENV_ID}"]
     pruned = {run.summary["reason"]: run for name, run in server.runs.items() if name.startswith("pruned-")}
     assert set(pruned) == {"hqq4 needs a group size", "there is no such knob"}
+    whole = server.runs.pop(sweep_run_id("survey"))
     assert len(server.runs) == 4, "duplicates and cells without a result are no runs"
     for run in server.runs.values():
         assert (run.fields["groupName"], run.fields["jobType"], run.complete) == ("survey", "bench", True)
         assert "sweep:survey" in run.fields["tags"]
+    assert (whole.fields["groupName"], whole.fields["jobType"], whole.complete) == ("survey", "report", True)
 
     expected = {"decode_tok_s": 123.5, "mean_kld": 0.015625, "repetitions": 5, "status": "ok", "attempt": 1}
     said = {key: value for key, value in measured.summary.items() if not key.startswith("_")}
-    assert said == {**expected, "host": "node7"}, "no metric that is None"
+    samples, generated = server.table(measured.id, "samples"), server.table(measured.id, "generated")
+    assert {said.pop(name)["_type"] for name in ("samples", "generated")} == {"table-file"}
+    assert said == {**expected, "host": "node7", "mean_kld_plotted": 0.015625}, "no metric that is None"
+    assert samples["columns"] == ["repetition", "void", "token", "seconds"]
+    assert samples["data"] == [[0, "", 0, 0.0], [0, "", 1, 0.125], [0, "", 2, 0.25]]
+    assert generated["data"] == [[4, 3, "once upon a time"]]
     assert [point["decode_tok_s"] for point in measured.history] == [123.5]
     assert measured.fields["displayName"] == "int4_wo eager 0"
-    assert set(measured.fields["tags"]) == {"tiny", "int4_wo", "hf", "greedy", "static", "ok", "sweep:survey"}
+    assert set(measured.fields["tags"]) == {"tiny", "int4_wo", "hf", "greedy", "static", "ok"} | {
+        "sweep:survey",
+        "Some CPU",
+    }
     wanted = {"sweep": "survey", "quantizer": "int4_wo", "quantizer_bits": 4, "quantizer_skip": "lm_head embed"}
     wanted |= {"model": "tiny", "model_arch_hidden_size": 64, "device": "Some CPU", "run_id": "a" * 12}
     assert wanted.items() <= measured.config.items()
@@ -190,6 +116,7 @@ def test_online_says_what_the_store_says(server: FakeWandb, store: Store, home: 
     assert files(home) == {}, "nothing is left in the home folder"
     for secret in (KEY, str(tmp_path), str(Path.cwd()), os.path.expanduser("~")):
         assert secret.encode() not in sent
+        assert not any(secret.encode() in file.read_bytes() for file in store.root.rglob("wandb.json"))
 
 
 def test_nothing_new_costs_nothing(server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,13 +129,16 @@ def test_nothing_new_costs_nothing(server: FakeWandb, store: Store, monkeypatch:
         assert track(store, "survey", config()) == first
         assert time.perf_counter() - started < 0.5
     assert (files(store.root), server.connections) == (before, connections)
+    versions = server.versions
 
     put_result(store, "d" * 12, "ok")
     server.bodies.clear()
     assert "5 runs online" in track(store, "survey", config())
-    said = b"".join(server.bodies)
-    assert b"d" * 12 in said
-    assert b"a" * 12 not in said, "what was written is not written again"
+    begun = [body for body in server.bodies if b"mutation UpsertBucket" in body]
+    assert any(b"d" * 12 in body for body in begun)
+    assert not any(b"a" * 12 in body for body in begun), "what was written is not written again"
+    again = {name for name, number in server.versions.items() if number > versions.get(name, 0)}
+    assert {name.split("-")[0] for name in again if "d" * 12 not in name} <= {"report", "run"}
 
 
 def test_offline_without_a_key(server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,23 +160,30 @@ def test_offline_without_a_key(server: FakeWandb, store: Store, monkeypatch: pyt
     # A key appears: the same runs go online, and their offline folders, uploaded beside them, would say it twice.
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert "4 runs online" in track(store, "survey", config())
-    assert set(server.runs) == {run.id for run in of_sweep(store, "survey")}
+    assert set(server.runs) == {run.id for run in of_sweep(store, "survey")} | {sweep_run_id("survey")}
     assert offline_folders(store) == []
+    assert len(server.artifacts("result")) == 2, "nothing was lost offline"
+    assert_no_key(store)
 
 
-def test_what_was_uploaded_by_hand_is_left_alone(
+@pytest.mark.slow
+def test_what_was_uploaded_by_hand_gets_its_files(
     server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_sweep(store)
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert "2 runs offline" in track(store, "survey", config(mode="online"))
     assert server.connections == 0
-    synced, other = offline_folders(store)
-    # The mark that `wandb sync` leaves.
-    (synced / f"{next(synced.glob('*.wandb')).name}.synced").touch()
     monkeypatch.delenv("WANDB_MODE")
+    folders = [str(folder) for folder in offline_folders(store)]
+    subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], check=True, capture_output=True, timeout=60)
+    assert len(server.runs) == 2
+    assert server.artifacts("result") == {}
     assert "2 runs online" in track(store, "survey", config())
-    assert [run_id for run_id in server.runs if run_id in other.name] == list(server.runs)
+    assert len(server.artifacts("result")) == 2
+    for run in of_sweep(store, "survey"):
+        assert [point["decode_tok_s"] for point in server.runs[run.id].history] == [100], "its point is not said twice"
+    assert offline_folders(store) == []
 
 
 def test_no_server_means_offline(home: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +213,7 @@ def test_online_only_does_not_fall_back(server: FakeWandb, store: Store, monkeyp
     assert not (store.root / "wandb").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_means_offline_for_now(server: FakeWandb, store: Store) -> None:
     put_sweep(store)
     server.fail("UpsertBucket", 401, times=1)
@@ -287,6 +225,8 @@ def test_a_server_that_refuses_means_offline_for_now(server: FakeWandb, store: S
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 def test_a_hanging_server_is_bounded_and_leaves_no_process(server: FakeWandb, store: Store, home: Path) -> None:
+    put_sweep(store, results=2)
+    assert "2 runs online" in track(store, "survey", config())
     put_sweep(store, results=3)
     last = of_sweep(store, "survey")[-1].id
     lines: list[str] = []
@@ -308,7 +248,7 @@ def test_a_hanging_server_is_bounded_and_leaves_no_process(server: FakeWandb, st
     written = server.operations["UpsertBucket"]
     assert "3 runs online" in track(store, "survey", config())
     assert server.runs[last].complete
-    assert server.operations["UpsertBucket"] - written <= 3, "only the one that was missing is written"
+    assert server.operations["UpsertBucket"] - written <= 5, "only the one that was missing, and the sweep's own"
     assert processes_of(home) == {}
 
 
@@ -318,7 +258,7 @@ def test_a_helper_in_its_own_session_is_ended(home: Path, tmp_path: Path, monkey
     writer.write_text(f"#!/bin/sh\nsetsid sleep 300 &\necho $! > {tmp_path}/helper\nsleep 300\n")
     writer.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(writer))
-    assert tracker._run_writer([], tmp_path, seconds=1.0) is None
+    assert wandb_process.run_bounded("writer", [], tmp_path, seconds=1.0) is None
     assert (tmp_path / "helper").read_text().strip().isdigit()
     assert processes_of(home) == {}
 
@@ -326,7 +266,7 @@ def test_a_helper_in_its_own_session_is_ended(home: Path, tmp_path: Path, monkey
 def test_a_run_lives_on_in_other_sweeps_and_attempts(server: FakeWandb, store: Store) -> None:
     put_sweep(store, "first", results=1)
     track(store, "first", config())
-    (run,) = server.runs.values()
+    run = server.runs[f"{'0' * 12}-{ENV_ID}"]
 
     put_plan(store, "second", cell(7, "0" * 12))
     (again,) = of_sweep(store, "second")
@@ -343,7 +283,8 @@ def test_a_run_lives_on_in_other_sweeps_and_attempts(server: FakeWandb, store: S
     track(store, "first", config())
     assert (run.summary["status"], run.summary["decode_tok_s"], "reason" in run.summary) == ("ok", 77, False)
     assert [point["decode_tok_s"] for point in run.history] == [100, 77], "an attempt with numbers is a point"
-    assert list(server.runs.values()) == [run]
+    assert [found for found in server.runs.values() if found.fields["jobType"] == "bench"] == [run]
+    assert server.versions[f"result-{run.id}"] == 3
 
 
 def test_disabled_by_the_environment(server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,3 +354,105 @@ def test_a_proxy_is_the_first_hop(home: Path, monkeypatch: pytest.MonkeyPatch) -
     for url in ("https://wandb.example", "https://inside.example", "http://wandb.example:81", "https://127.0.0.1:9"):
         assert unreachable(url) is None
     assert asked == [("proxy.example", 3128), ("inside.example", 443), ("wandb.example", 81), ("127.0.0.1", 9)]
+
+
+def test_artifacts_hold_the_files_of_the_store(server: FakeWandb, store: Store, tmp_path: Path) -> None:
+    put_sweep(store)
+    (first, second) = of_sweep(store, "survey")
+    assert first.folder is not None
+    trace = b'{"traceEvents": []}'
+    write_bytes(first.folder / "trace" / "trace.json.gz", gzip.compress(trace))
+    write_bytes(first.folder / "trace" / "memory.pickle", b"x" * 2_000)
+    write_bytes(first.folder / "trace" / "huge.bin", b"x" * 60_000)
+    write_text(store.sweep_folder("survey") / "report.html", "<p>the report</p>")
+    assert "2 runs online" in track(store, "survey", config(max_file_mb=0.05))
+    assert server.unknown == []
+    assert server.uncommitted == []
+
+    results = server.artifacts("result")
+    assert set(results) == {f"result-{first.id}", f"result-{second.id}"}
+    kept = results[f"result-{first.id}"].files
+    assert set(kept) == {"config.json", "outcome.json", "metrics.json", "samples.parquet", "text.json", "log.txt"}
+    assert all(content == (first.folder / name).read_bytes() for name, content in kept.items())
+
+    (traced,) = server.artifacts("profile").values()
+    assert set(traced.files) == {"trace/trace.json.gz", "trace/memory.pickle", f"trace/trace{VIEWED}"}
+    assert traced.files[f"trace/trace{VIEWED}"] == trace
+    link = f"{server.url}/team/lbi/artifacts/profile/trace-{first.id}/v0/files/trace/trace{VIEWED}"
+    said = server.runs[first.id].summary
+    assert (said["trace"], said["not_attached"]) == (link, "larger than 0.05 MB: trace/huge.bin")
+
+    whole = server.runs[sweep_run_id("survey")]
+    assert whole.summary["report"]["_type"] == "html-file"
+    assert b"<p>the report</p>" in whole.files[whole.summary["report"]["path"]]
+    assert (whole.summary["cells"], whole.summary["cells_ok"]) == (2, 2)
+    assert "Fastest" in whole.summary["answers"]
+    results_table = server.table(whole.id, "results")
+    rows = [dict(zip(results_table["columns"], row, strict=True)) for row in results_table["data"]]
+    assert [row["run"] for row in rows] == [f"{server.url}/team/lbi/runs/{run.id}" for run in (first, second)]
+    assert [row["trace"] for row in rows] == [link, ""]
+    assert [row["decode_tok_s"] for row in rows] == [100.0, 100.0]
+    assert rows[0]["is_baseline"] is True
+    (sweep,) = server.artifacts("sweep").values()
+    assert set(sweep.files) == {"plan.jsonl", "report.html", "results.csv", "results.parquet", "results.json"}
+
+
+@pytest.mark.slow
+def test_fewer_files_on_request(server: FakeWandb, store: Store) -> None:
+    put_sweep(store, results=1)
+    (run,) = of_sweep(store, "survey")
+    assert run.folder is not None
+    write_bytes(run.folder / "trace" / "trace.json.gz", gzip.compress(b"{}"))
+    header = {"schema": 1, "sweep": "survey", "command": "python -m lbi model.path=/home/me/model"}
+    write_json_lines(store.sweep_folder("survey") / "plan.jsonl", [header, cell(0, run.row["run_id"])])
+    write_text(store.sweep_folder("survey") / "report.html", "/home/me/model")
+    track(store, "survey", config(files="none"))
+    assert (server.artifacts("result"), server.artifacts("sweep")) == ({}, {})
+    assert b"/home/me" not in b"".join(server.bodies)
+    track(store, "survey", config(files="results"))
+    assert len(server.artifacts("result")) == 1
+    assert server.artifacts("profile") == {}
+    track(store, "survey", config())
+    assert len(server.artifacts("profile")) == 1
+    connections = server.connections
+    track(store, "survey", config(files="none"))
+    assert server.connections == connections, "what is attached stays attached"
+
+
+def test_offline_then_moved_then_synced_loses_nothing(
+    server: FakeWandb, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_sweep(store)
+    (run, _) = of_sweep(store, "survey")
+    assert run.folder is not None
+    write_bytes(run.folder / "trace" / "trace.json.gz", gzip.compress(b"{}"))
+    track(store, "survey", config(mode="offline"))
+    assert len(offline_folders(store)) == 2
+    assert_no_key(store)
+    elsewhere = tmp_path / "elsewhere" / "store"
+    elsewhere.parent.mkdir()
+    store.root.rename(elsewhere)
+    moved = Store.open(elsewhere, write=True)
+    assert "2 runs online" in track(moved, "survey", config())
+    assert (len(server.artifacts("result")), len(server.artifacts("profile"))) == (2, 1)
+    assert (server.uncommitted, server.unknown, offline_folders(moved)) == ([], [], [])
+
+
+def test_two_machines_say_it_once(server: FakeWandb, store: Store, tmp_path: Path) -> None:
+    put_sweep(store)
+    copy = tmp_path / "copy"
+    shutil.copytree(store.root, copy)
+    track(store, "survey", config())
+    first = {name: (run.config, said(run), run.history) for name, run in server.runs.items()}
+    versions = server.versions
+    track(Store.open(copy, write=True), "survey", config())
+    assert {name: (run.config, said(run), run.history) for name, run in server.runs.items()} == first
+    assert server.versions == versions
+
+
+def test_the_pace() -> None:
+    pace = Pace(per_minute=3.0)
+    assert [pace.wait_s(10.0) for _ in range(3)] == [0, 0, 0]
+    assert pace.wait_s(10.0) == pytest.approx(20)
+    assert pace.wait_s(30.0) == pytest.approx(20), "the one before was written at 30"
+    assert pace.wait_s(1000.0) == 0

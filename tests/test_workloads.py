@@ -12,8 +12,9 @@ import pytest
 from lbi import steps
 from lbi.errors import Unsupported
 from lbi.long_text import rounds
-from lbi.models import fit_tokens, load, read_text
+from lbi.models import load
 from lbi.plan import Plan
+from lbi.prompts import fit_tokens, read_text
 from lbi.verdicts import PRUNED, RUN
 
 MakePlan = Callable[..., Plan]

@@ -20,6 +20,7 @@ class LocalExecutor:
     """This process is the worker, with a thread for each slot."""
 
     pack = False
+    here = True
 
     def forecast(self, units: Sequence[Unit], store: Store) -> str:
         """Nothing beyond the estimate of the runs themselves."""

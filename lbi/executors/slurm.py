@@ -43,6 +43,7 @@ class SlurmExecutor:
     """Submits units, and follows them unless `settings.wait` is false."""
 
     pack = True
+    here = False
 
     def __init__(self, sweep: str, settings: SweepConfig) -> None:
         self.sweep, self.settings = sweep, settings

@@ -5,7 +5,7 @@ decode_torch.py has the same operations in torch, for a CPU and as what these ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lbi.kernels.decode_torch import Shape
 from lbi.kernels.device import decode as device
 from lbi.kernels.formats import Packed
 from lbi.kernels.gemv import constants, steps
-from lbi.kernels.tiles import tile_for
+from lbi.kernels.tiles import step_tile_for
 
 EMBED_BLOCK = 1024
 ARGMAX_BLOCK = 4096
@@ -93,13 +93,15 @@ class TritonSteps:
             return self._low_bit_attention(qkv, (cos, sin), keys, values, self.cache)
         shape, kv = self.shape, self.shape.kv_heads
         block = _power(shape.width)
-        group = max(16, _power(shape.heads // kv))
+        group = shape.heads // kv
         out = self._buffer("mixed", shape.heads * shape.width, self.dtype)
-        partial = self._buffer("partial", kv * self._splits * group * (block + 2), torch.float32)
+        size = cache_gpu.scratch_size(shape.width, shape.heads, self._splits)
+        partial = self._buffer("partial", size, torch.float32)
         device.attention[(kv, self._splits)](
             qkv, cos, sin, keys, values, self.position, out, partial, self._buffer("arrived", kv, torch.int32),
             shape.slots, shape.width**-0.5, HEADS=shape.heads, KV=kv, D=shape.width, BD=block,
-            BH=max(16, _power(shape.width // 2)), BG=group, BT=32, SPLITS=self._splits, **self._launch(4),
+            BH=max(16, _power(shape.width // 2)), BG=max(16, _power(group)), BT=cache_gpu.block_for(shape.slots),
+            SPLITS=self._splits, AT_ONCE=cache_gpu.at_once(self._splits, group, shape.width), **self._launch(4),
         )  # fmt: skip
         return out
 
@@ -111,7 +113,7 @@ class TritonSteps:
         sizes = [shape.heads * shape.width, kv * shape.width, kv * shape.width]
         q, k, v = qkv.split(sizes)
         out = self._buffer("mixed", sizes[0], self.dtype)
-        size = cache_gpu.scratch_size(kind, shape.heads, kv, splits)
+        size = cache_gpu.scratch_size(shape.width, shape.heads, splits)
         scratch = self._buffer("partial", size, torch.float32), self._buffer("arrived", kv, torch.int32)
         cache_gpu.put((k, keys), (v, values), self.position, kind, self.dtype, angles=angles, launch=self._launch(1))
         cache_gpu.attend(
@@ -162,7 +164,7 @@ class TritonSteps:
 
 def _tiling(matrix: Packed) -> tuple[dict[str, Any], int, int]:
     """Arguments that cut the matrix into programs, the number of these, and the warps of one."""
-    tile = replace(tile_for(matrix), split=1)
+    tile = step_tile_for(matrix)
     count, even = steps(matrix, tile)
     cut = {"BN": tile.rows, "BW": tile.words, "STEPS": count, "EVEN": even, "num_stages": tile.stages}
     return constants(matrix) | cut, -(-matrix.rows // tile.rows), tile.warps

@@ -1,13 +1,14 @@
 """Which tile a GEMV takes: looked up by GPU, format and shape, never timed while a model runs.
 
-`tiles.json` holds what `benchmarks/gemv.py --tune` found on a GPU. For a GPU or a shape that is
+`tiles.json` holds what was found on a GPU: by `benchmarks/gemv.py --tune` for a product alone, by
+`benchmarks/fused_step.py --tune` for one among the kernels of a step. For a GPU or a shape that is
 not in it there is a rule of thumb, and `is_tuned` says so.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -33,14 +34,32 @@ class Tile:
 
 def tile_for(matrix: Packed) -> Tile:
     """The tile for a matrix on its GPU."""
-    known = _known(_gpu(matrix.data)).get(f"{matrix.format} g{matrix.group_size} {matrix.rows}x{matrix.inputs}")
+    return _known(_gpu(matrix.data)).get(key(matrix)) or _rule_of_thumb(matrix)
+
+
+def step_tile_for(matrix: Packed) -> Tile:
+    """The tile for a matrix within a step of engine=fused, where products overlap and none is split."""
+    known = _known(_gpu(matrix.data)).get(f"step {key(matrix)}")
     return known or _rule_of_thumb(matrix)
+
+
+def key(matrix: Packed) -> str:
+    """What a matrix is looked up by: its format, the size of its groups, and its shape."""
+    return f"{matrix.format} g{matrix.group_size} {matrix.rows}x{matrix.inputs}"
 
 
 def is_tuned(matrix: Packed) -> bool:
     """Whether the tile was measured on this GPU, for this shape."""
-    key = f"{matrix.format} g{matrix.group_size} {matrix.rows}x{matrix.inputs}"
-    return key in _known(_gpu(matrix.data))
+    return key(matrix) in _known(_gpu(matrix.data))
+
+
+def keep(gpu: str, name: str, tile: Tile) -> None:
+    """Put one tile into the file beside those that it has, for a benchmark that found it."""
+    known = json.loads(FILE.read_text()) if FILE.exists() else {}
+    known.setdefault(gpu, {})[name] = asdict(tile)
+    scratch = FILE.with_suffix(".new")
+    scratch.write_text(json.dumps({of: dict(sorted(held.items())) for of, held in sorted(known.items())}, indent=1))
+    scratch.replace(FILE)
 
 
 def _rule_of_thumb(matrix: Packed) -> Tile:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lbi.collect import Row
+from lbi.config import AXES
 from lbi.metrics import METRICS
 from lbi.ranking import AGGREGATE, SPEED, Ranked, Table
 from lbi.report.facts import Facts
@@ -61,11 +62,36 @@ BATCH_COLUMNS = (
 RATIO_DOC = "decode tok/s over the baseline's, with the range that both intervals allow; tie: the intervals overlap"
 
 
+def varying(table: Table) -> dict[str, list[str]]:
+    """The config groups in which the cells of a table differ, with their options as they first appear."""
+    rows = sorted((ranked.row for ranked in table.ranked), key=lambda row: int(row["cell"]))
+    options = {group: list(dict.fromkeys(str(row[group]) for row in rows)) for group in AXES}
+    return {group: found for group, found in options.items() if len(found) > 1}
+
+
+def controls(table: Table, index: int) -> Html:
+    """What narrows and groups the rows: words, a list for each group that varies, and a list of these groups."""
+    groups = varying(table)
+    made = [element("label", "Filter rows ", element("input", type="search", aria_controls=f"cells-{index}"))]
+    for group, options in groups.items():
+        named = (element("option", option or NOTHING, value=option) for option in options)
+        made.append(_list(f"{group} ", element("option", "all", value=""), *named, data_group=group))
+    if groups:
+        named = (element("option", group, value=group) for group in groups)
+        made.append(_list("Group by ", element("option", "nothing", value=""), *named, class_="by"))
+    return element("div", *made, element("output"), class_="filter", data_table=str(index))
+
+
+def _list(label: str, *options: Html, **attributes: str) -> Html:
+    return element("label", label, element("select", *options, **attributes))
+
+
 def cell_table(table: Table, facts: Mapping[int, Facts], caption: str) -> Html:
     """The table in a box that scrolls by itself."""
     is_batch = any(ranked.row[AGGREGATE] for ranked in table.ranked)
     columns = BATCH_COLUMNS if is_batch else COLUMNS
-    lines = [_line(ranked, facts, columns) for ranked in table.ranked]
+    groups = list(varying(table))
+    lines = [_line(ranked, facts, columns, groups) for ranked in table.ranked]
     made = element(
         "table",
         element("caption", caption),
@@ -99,8 +125,9 @@ def _heading(text: str, first: str, doc: str, *, kind: str | None = None, sorted
     )
 
 
-def _line(ranked: Ranked, facts: Mapping[int, Facts], columns: Sequence[Column]) -> Html:
+def _line(ranked: Ranked, facts: Mapping[int, Facts], columns: Sequence[Column], groups: Sequence[str]) -> Html:
     row = ranked.row
+    chosen: dict[str, str | bool | None] = {f"data_{group}": str(row[group]) for group in groups}
     name = [element("span", row["name"], class_="name")]
     name += [element("span", tag, class_="tag") for tag in _tags(ranked)]
     cells = [element("td", f"{ranked.rank}{'=' if ranked.shared else ''}" if ranked.rank else NOTHING)]
@@ -110,7 +137,7 @@ def _line(ranked: Ranked, facts: Mapping[int, Facts], columns: Sequence[Column])
     else:
         cells.append(element("td", *_why(row, facts), colspan=str(len(columns)), class_="why"))
     cells.append(element("td", str(row["cell"])))
-    return element("tr", *cells, id=f"c{row['cell']}", class_="base" if ranked.is_baseline else None)
+    return element("tr", *cells, id=f"c{row['cell']}", class_="base" if ranked.is_baseline else None, **chosen)
 
 
 def _tags(ranked: Ranked) -> list[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lbi.ranking import KLD_FLOOR, SPEED, Table
-from lbi.report import charts
-from lbi.report.figures import small
-from lbi.report.markup import Html, element, paragraph
+from lbi.report import charts, kernel_chart, parallel_chart, roofline_chart
+from lbi.report.chart_data import Spec, measured, records
+from lbi.report.facts import Facts, part
+from lbi.report.figures import percent, small
+from lbi.report.markup import Html, element, joined, paragraph
 
 
 @dataclass(slots=True)
@@ -15,22 +19,67 @@ class Figures:
     """Makes figures and collects their specifications; `without` says why there can be none, if so."""
 
     without: str | None = None
-    specs: dict[str, charts.Spec] = field(default_factory=dict)
+    specs: dict[str, Spec] = field(default_factory=dict)
+    cells: dict[str, list[Spec]] = field(default_factory=dict)
 
-    def of(self, table: Table, index: int, max_kld: float | None) -> Html:
+    def embedded(self) -> dict[str, Any]:
+        """What the page's script draws from: the specifications, and the records of each table once."""
+        return {"specs": self.specs, "cells": self.cells}
+
+    def of(self, table: Table, index: int, max_kld: float | None, facts: Mapping[int, Facts]) -> Html:
         """The figures of one table, side by side where there is room."""
-        if not charts.measured(table):
+        if not measured(table):
             return paragraph("There is no chart: no cell has a speed.")
         if self.without:
             return paragraph(f"There are no charts: {self.without}.", class_="note")
-        return element("div", self._pareto(table, index, max_kld), self._bars(table, index), class_="charts")
+        self.cells[str(index)] = records(table)
+        first = element("div", self._pareto(table, index, max_kld), self._bars(table, index), class_="charts")
+        kernel_chart.extend(self.cells[str(index)], table, facts)
+        more = [*self._roofline(table, index), *self._parallel(table, index), *self._kernels(table, index, facts)]
+        return joined([first, element("div", *more, class_="charts")] if more else [first])
+
+    def _roofline(self, table: Table, index: int) -> list[Html]:
+        points = roofline_chart.points(table)
+        if not points:
+            return []
+        name = f"roofline-{index}"
+        self.specs[name] = roofline_chart.roofline(table)
+        nearest = max(points, key=lambda item: float(item.row["mbu_measured"]))
+        caption = (
+            "The lines are what the memory's bandwidth allows at batch 1: bytes a second over bytes a token. "
+            f"Nearest to the measured one: {nearest.row['name']}, at {percent(nearest.row['mbu_measured'])} of it."
+        )
+        return [_figure("Roofline of decoding", name, caption)]
+
+    def _kernels(self, table: Table, index: int, facts: Mapping[int, Facts]) -> list[Html]:
+        shown = kernel_chart.bars(table, facts)
+        if not shown:
+            return []
+        name = f"kernels-{index}"
+        self.specs[name] = kernel_chart.breakdown(table, facts)
+        ways = {str(part(facts[item.row["cell"]].effective, "timeline").get("time")) for item in shown}
+        caption = f"Time {'; '.join(sorted(ways))}. It is that of a short pass after the measurement."
+        if len(shown) == kernel_chart.MOST_BARS:
+            caption += f" Shown are the {len(shown)} fastest cells."
+        return [_figure("Where a decode step's time goes", name, caption)]
+
+    def _parallel(self, table: Table, index: int) -> list[Html]:
+        if len(measured(table)) < 2 or len(parallel_chart.axes(table)) < 2:
+            return []
+        name = f"parallel-{index}"
+        self.specs[name] = parallel_chart.parallel(table)
+        caption = "A line per cell. Each axis runs from the smallest value at its foot to the largest at its top; "
+        caption += "cells on the front and the baseline are drawn stronger."
+        if len(measured(table)) > parallel_chart.MOST_LINES:
+            caption += f" Shown are the {parallel_chart.MOST_LINES} fastest cells."
+        return [_figure("All numbers at once", name, caption)]
 
     def _bars(self, table: Table, index: int) -> Html:
         name = f"bars-{index}"
         self.specs[name] = charts.bars(table)
         what = "Median and interval" if charts.has_intervals(charts.bar_rows(table)) else "Median"
         caption = f"{what} of decode tok/s; the dashed line is the baseline."
-        shown, total = len(charts.bar_rows(table)), len(charts.measured(table))
+        shown, total = len(charts.bar_rows(table)), len(measured(table))
         if shown < total:
             caption += f" Shown are {shown} of {total} cells, the fastest and the baseline; the table has all."
         return _figure("Decode speed by cell", name, caption)
@@ -47,9 +96,7 @@ class Figures:
 
 def _reasons(table: Table) -> str:
     """Why quality is missing, as the results say it."""
-    said = dict.fromkeys(
-        item.row["missing"].get("mean_kld", "quality was not measured") for item in charts.measured(table)
-    )
+    said = dict.fromkeys(item.row["missing"].get("mean_kld", "quality was not measured") for item in measured(table))
     return "; ".join(str(reason) for reason in said)
 
 
@@ -68,7 +115,7 @@ def _pareto_caption(table: Table, max_kld: float | None) -> str:
     if clipped:
         cells = "1 cell is" if clipped == 1 else f"{clipped} cells are"
         words.append(f"A log axis has no zero: {cells} below {KLD_FLOOR:.0e} and drawn there.")
-    unscored = len(charts.measured(table)) - len(rows)
+    unscored = len(measured(table)) - len(rows)
     if unscored:
         words.append(f"Not shown, having no mean KLD: {unscored}.")
     listed = [f"{row['name']} ({row[SPEED]:.1f} tok/s, {small(row['mean_kld'])} nat)" for row in front]
@@ -76,5 +123,5 @@ def _pareto_caption(table: Table, max_kld: float | None) -> str:
 
 
 def _figure(heading: str, name: str, caption: str) -> Html:
-    box = element("div", class_="chart", data_chart=name)
+    box = element("div", class_="chart", data_chart=name, data_table=name.rpartition("-")[2])
     return element("figure", element("h3", heading), box, element("figcaption", caption))

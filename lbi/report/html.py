@@ -18,11 +18,12 @@ from typing import Any
 
 import lbi
 from lbi.collect import Row, rows
+from lbi.comparing import Comparison, compare
 from lbi.files import write_bytes
 from lbi.ranking import Table, tables
 from lbi.report import sections
 from lbi.report.cell_details import Extent, details
-from lbi.report.cell_table import cell_table
+from lbi.report.cell_table import cell_table, controls
 from lbi.report.chart_figures import Figures
 from lbi.report.environments import environments
 from lbi.report.environments import section as environment_section
@@ -54,6 +55,7 @@ class Content:
     facts: dict[int, Facts]
     problems: list[str]
     made: float
+    comparison: Comparison | None = None
 
 
 def write(store: Store, sweep: str) -> Path:
@@ -78,6 +80,7 @@ def read_content(store: Store, sweep: str) -> Content:
         facts=facts,
         problems=list(dict.fromkeys(problems)),
         made=time.time(),
+        comparison=compare(store, sweep, table, str(header["against"])) if header.get("against") else None,
     )
 
 
@@ -104,7 +107,7 @@ def _page(content: Content, extent: Extent, script: str | None, without: str) ->
         header=_header(content),
         main=main,
         footer=_footer(content, script is not None),
-        charts=embedded_json(figures.specs),
+        charts=embedded_json(figures.embedded()),
         details=embedded_json(details(content.rows, content.facts, content.root, extent)),
         scripts="\n".join(f"<script>{text}</script>" for text in scripts),
     )
@@ -125,6 +128,8 @@ def _file(name: str) -> str:
 
 def _header(content: Content) -> Html:
     links = [("result", "Result"), *((f"table-{index}", sections.title(table)) for index, table in _numbered(content))]
+    if content.comparison:
+        links.append(("against", f"Against {content.comparison.what}"))
     links += [("left-out", "Cells left out"), ("environment", "Environment"), ("numbers", "What the numbers mean")]
     links += [("request", "Request")]
     cells = "1 cell" if len(content.rows) == 1 else f"{len(content.rows)} cells"
@@ -149,6 +154,9 @@ def _main(content: Content, extent: Extent, figures: Figures) -> Html:
     for index, table in _numbered(content):
         made = _table_section(content, index, table, extent, figures)
         parts.append(_section(f"table-{index}", sections.title(table), *made))
+    if content.comparison:
+        heading = f"Against {content.comparison.what}"
+        parts.append(_section("against", heading, sections.comparison(content.comparison)))
     missing = [element("h3", "Numbers that measured cells lack"), sections.missing_numbers(content.rows)]
     found = environments(content.rows, content.facts)
     request = sections.request(content.header, str(content.root), content.made, content.rows)
@@ -183,16 +191,17 @@ def _table_section(content: Content, index: int, table: Table, extent: Extent, f
     baseline = f"The baseline is {table.baseline['name']}." if table.baseline else "There is no baseline."
     legend = sections.interval_legend(table)
     caption = f"All cells of {sections.title(table)}"
-    words = " ".join(text for text in (legend, baseline, "Open a row for all of its details.") if text)
-    search = element("label", "Filter rows ", element("input", type="search", aria_controls=f"cells-{index}"))
+    ways = "Open a row for all of its details; tick rows to see them side by side."
+    words = " ".join(text for text in (legend, baseline, ways) if text)
     return [
-        figures.of(table, index, content.header.get("max_kld")),
+        figures.of(table, index, content.header.get("max_kld"), content.facts),
         element("h3", "All cells"),
         sections.note(table, content.header),
         sections.disturbed(table),
         paragraph(words, *_shortened(extent), class_="quiet"),
-        element("div", search, element("output"), class_="filter"),
+        controls(table, index),
         element("div", cell_table(table, content.facts, caption), id=f"cells-{index}"),
+        element("div", id=f"beside-{index}", class_="beside", aria_live="polite"),
         sections.unpacking(table),
         sections.drafting(table),
     ]

@@ -1,4 +1,4 @@
-// Sorts and filters the tables, opens their rows, draws the charts. Text from results is only
+// Sorts, filters and groups the tables, opens their rows, sets rows side by side, draws the charts. Text from results is only
 // ever set as textContent, so that nothing in it can become markup.
 (() => {
   "use strict";
@@ -16,45 +16,87 @@
 
   const sort = (heading) => {
     const table = heading.closest("table");
-    const body = table.tBodies[0];
     const column = heading.cellIndex;
     const text = heading.dataset.kind === "text";
     const now = heading.getAttribute("aria-sort");
     const order = now === "none" ? heading.dataset.first : now === "ascending" ? "descending" : "ascending";
     const sign = order === "ascending" ? 1 : -1;
-    const rows = [...body.rows].filter((row) => row.id).map((row) => ({ row, value: key(row, column, text) }));
+    const rows = cellRows(table).map((row) => ({ row, value: key(row, column, text) }));
     rows.sort((one, other) => {
       if (text) return sign * one.value.localeCompare(other.value, undefined, { numeric: true });
       const missing = Number.isNaN(one.value) - Number.isNaN(other.value);
       return missing || (Number.isNaN(one.value) ? 0 : sign * (one.value - other.value));
     });
-    for (const { row } of rows) {
-      const detail = row.nextElementSibling;
-      row.opened = detail?.classList.contains("detail") ? detail : null;
-    }
-    for (const { row } of rows) body.append(row, ...(row.opened ? [row.opened] : []));
+    arrange(table, rows.map(({ row }) => row));
     for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", other === heading ? order : "none");
   };
 
-  // Filtering: a row stays if it has every word that was typed.
-  const filter = (input) => {
-    const table = document.getElementById(input.getAttribute("aria-controls")).querySelector("table");
-    const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let shown = 0;
-    for (const row of table.tBodies[0].rows) {
-      if (row.id) {
-        row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word));
-        shown += row.hidden ? 0 : 1;
-      } else {
-        row.hidden = row.previousElementSibling.hidden;
-      }
+  // Grouping: a heading before the rows of each option, the option of the first row first.
+  const cellRows = (table) => [...table.tBodies[0].rows].filter((row) => row.id);
+  const indexOf = (table) => table.closest("[id^=cells-]").id.slice(6);
+  const controlsOf = (table) => document.querySelector(`.filter[data-table="${indexOf(table)}"]`);
+
+  const arrange = (table, rows) => {
+    const body = table.tBodies[0];
+    const by = controlsOf(table).querySelector("select.by")?.value;
+    const groups = new Map();
+    for (const row of rows) {
+      const next = row.nextElementSibling;
+      row.opened = next?.classList.contains("detail") ? next : null;
+      const option = by ? row.dataset[by] : "";
+      if (!groups.has(option)) groups.set(option, []);
+      groups.get(option).push(row);
     }
-    input.closest(".filter").querySelector("output").textContent = words.length ? `${shown} rows` : "";
+    for (const heading of body.querySelectorAll("tr.group")) heading.remove();
+    for (const [option, members] of groups) {
+      if (by) body.append(groupHeading(table, `${by} ${option || "-"}`, members));
+      for (const row of members) body.append(row, ...(row.opened ? [row.opened] : []));
+    }
+  };
+
+  const groupHeading = (table, name, members) => {
+    const line = document.createElement("tr");
+    line.className = "group";
+    const cell = document.createElement("th");
+    cell.scope = "rowgroup";
+    cell.colSpan = table.tHead.rows[0].cells.length;
+    const shown = members.filter((row) => !row.hidden);
+    const best = Math.max(...shown.map((row) => key(row, 2, false)).filter(Number.isFinite));
+    cell.textContent = `${name}: ${shown.length} ${shown.length === 1 ? "cell" : "cells"}`;
+    if (Number.isFinite(best)) cell.textContent += `, the fastest ${best} tok/s`;
+    line.append(cell);
+    line.hidden = !shown.length;
+    return line;
+  };
+
+  // Filtering: a row stays if it has every word that was typed and every option that was chosen.
+  const filter = (controls) => {
+    const table = document.getElementById(`cells-${controls.dataset.table}`).querySelector("table");
+    const words = controls.querySelector("input").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const chosen = [...controls.querySelectorAll("select[data-group]")].filter((list) => list.value);
+    const rows = cellRows(table);
+    for (const row of rows) {
+      const text = words.length ? row.textContent.toLowerCase() : "";
+      const fits = chosen.every((list) => row.dataset[list.dataset.group] === list.value);
+      row.hidden = !fits || !words.every((word) => text.includes(word));
+      const next = row.nextElementSibling;
+      if (next?.classList.contains("detail")) next.hidden = row.hidden;
+    }
+    arrange(table, rows);
+    const shown = rows.filter((row) => !row.hidden);
+    controls.querySelector("output").textContent = shown.length < rows.length ? `${shown.length} of ${rows.length} rows` : "";
+    narrow(controls.dataset.table, new Set(shown.map((row) => Number(row.id.slice(1)))));
   };
 
   // Details of a row, made when it is first opened.
   const details = read("details");
   const whole = (part) => (typeof part === "number" ? details.pool[part] : part);
+
+  const detailsOf = (row) =>
+    details.fields.map(([name, between], index) => {
+      const parts = details.cells[row.id.slice(1)][index];
+      return [name, (Array.isArray(parts) ? parts : [parts]).map(whole).join(between)];
+    });
 
   const open = (row, button) => {
     const line = document.createElement("tr");
@@ -62,16 +104,14 @@
     const cell = line.insertCell();
     cell.colSpan = row.closest("table").tHead.rows[0].cells.length;
     const list = document.createElement("dl");
-    details.fields.forEach(([name, between], index) => {
-      const parts = details.cells[row.id.slice(1)][index];
-      const text = (Array.isArray(parts) ? parts : [parts]).map(whole).join(between);
-      if (!text) return;
+    for (const [name, text] of detailsOf(row)) {
+      if (!text) continue;
       const term = document.createElement("dt");
       const value = document.createElement("dd");
       term.textContent = name;
       value.textContent = text;
       list.append(term, value);
-    });
+    }
     cell.append(list);
     row.after(line);
     button.setAttribute("aria-expanded", "true");
@@ -83,14 +123,70 @@
     button.setAttribute("aria-expanded", "false");
   };
 
+  // Side by side: the ticked rows, a column each; what is the same in all of them is only named.
+  const MOST_BESIDE = 4;
+
+  const nameOf = (row) => row.querySelector(".name").textContent;
+
+  const shownOf = (row) => {
+    const heads = [...row.closest("table").tHead.rows[0].cells].slice(2, -1).map((cell) => cell.textContent);
+    const why = row.querySelector(".why");
+    const numbers = heads.map((head, index) => [head, row.cells[index + 2].textContent]);
+    return new Map([...(why ? [["status", why.textContent]] : numbers), ...detailsOf(row)]);
+  };
+
+  const beside = (table) => {
+    const box = document.getElementById(`beside-${indexOf(table)}`);
+    const ticked = cellRows(table).filter((row) => row.querySelector(".pick").checked);
+    box.replaceChildren();
+    if (ticked.length < 2) return;
+    const rows = ticked.slice(0, MOST_BESIDE);
+    const known = rows.map(shownOf);
+    const fields = [...new Set(known.flatMap((one) => [...one.keys()]))];
+    const same = (field) => known.every((one) => (one.get(field) ?? "") === (known[0].get(field) ?? ""));
+    const heading = document.createElement("h3");
+    const rest = ticked.length > rows.length ? `, the first of ${ticked.length} ticked` : "";
+    heading.textContent = `Side by side: ${rows.length} cells${rest}`;
+    const grid = document.createElement("table");
+    const head = grid.createTHead().insertRow();
+    for (const text of ["", ...rows.map(nameOf)]) {
+      const cell = document.createElement("th");
+      cell.scope = "col";
+      cell.textContent = text;
+      head.append(cell);
+    }
+    const body = grid.createTBody();
+    for (const field of fields.filter((name) => !same(name))) {
+      const line = body.insertRow();
+      const name = document.createElement("th");
+      name.scope = "row";
+      name.textContent = field;
+      line.append(name);
+      for (const one of known) line.insertCell().textContent = one.get(field) || "-";
+    }
+    const scroll = document.createElement("div");
+    scroll.className = "scroll";
+    scroll.tabIndex = 0;
+    scroll.append(grid);
+    const alike = document.createElement("p");
+    alike.className = "quiet";
+    const names = fields.filter((name) => same(name) && known[0].get(name));
+    alike.textContent = `The same in all: ${names.join(", ") || "nothing"}.`;
+    box.append(heading, scroll, alike);
+  };
+
   for (const table of document.querySelectorAll("table.cells")) {
     for (const row of table.tBodies[0].rows) {
       const button = document.createElement("button");
       button.type = "button";
       button.className = "more";
       button.setAttribute("aria-expanded", "false");
-      button.setAttribute("aria-label", `details of ${row.querySelector(".name").textContent}`);
-      row.querySelector("th").prepend(button);
+      button.setAttribute("aria-label", `details of ${nameOf(row)}`);
+      const pick = document.createElement("input");
+      pick.type = "checkbox";
+      pick.className = "pick";
+      pick.setAttribute("aria-label", `${nameOf(row)} side by side`);
+      row.querySelector("th").prepend(button, pick);
     }
     table.addEventListener("click", (event) => {
       const button = event.target.closest("button");
@@ -98,37 +194,64 @@
       if (button.classList.contains("more")) toggle(button.closest("tr"), button);
       else sort(button.closest("th"));
     });
+    table.addEventListener("change", () => beside(table));
   }
-  for (const input of document.querySelectorAll(".filter input")) input.addEventListener("input", () => filter(input));
+  for (const controls of document.querySelectorAll(".filter")) controls.addEventListener("input", () => filter(controls));
 
   // Charts: the specifications leave colours of text and axes to the page.
+  const charts = read("charts");
   const views = [];
-  const draw = () => {
-    if (!window.vegaEmbed) return;
-    for (const view of views.splice(0)) view.finalize();
+  const kept = {};
+  const recordsOf = (index) => charts.cells[index].filter((record) => !kept[index] || kept[index].has(record.cell));
+
+  // The charts follow the filter of their table.
+  const narrow = (index, cells) => {
+    kept[index] = cells;
+    const shown = recordsOf(index);
+    for (const { view, table, spec } of views) {
+      if (table !== index) continue;
+      // Errors alone: a filter may leave a chart without a mark, which is no fault of the chart.
+      view.view.logLevel(1);
+      const { bar, most } = spec.usermeta ?? {};
+      if (bar) view.view.height(bar * Math.max(1, Math.min(shown.length, most)));
+      view.view.data("cells", shown).runAsync();
+    }
+  };
+
+  const look = (box) => {
     const style = getComputedStyle(document.documentElement);
     const colour = (name) => style.getPropertyValue(name).trim();
-    const specs = read("charts");
+    const narrow = box.clientWidth < 520;
+    const axis = { labelColor: colour("--quiet"), titleColor: colour("--quiet"), titleFontWeight: "normal" };
+    return {
+      background: "transparent",
+      font: getComputedStyle(document.body).fontFamily,
+      view: { stroke: null },
+      style: { whisker: { color: colour("--ink") }, guide: { color: colour("--quiet") } },
+      axis: { ...axis, domainColor: colour("--line"), gridColor: colour("--line"), gridOpacity: 0.6, tickColor: colour("--line") },
+      axisY: { labelLimit: Math.max(120, box.clientWidth * (narrow ? 0.38 : 0.48)) },
+      legend: { ...axis, orient: "bottom", columns: narrow ? 3 : 6, symbolStrokeWidth: 0 },
+    };
+  };
+
+  // One chart after the other, so that the page can be read and used while they are drawn.
+  let drawing = 0;
+  const draw = async () => {
+    if (!window.vegaEmbed) return;
+    const mine = ++drawing;
+    for (const { view } of views.splice(0)) view.finalize();
+    const theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
     for (const box of document.querySelectorAll(".chart")) {
-      const narrow = box.clientWidth < 520;
-      const axis = { labelColor: colour("--quiet"), titleColor: colour("--quiet"), titleFontWeight: "normal" };
-      const config = {
-        background: "transparent",
-        font: getComputedStyle(document.body).fontFamily,
-        view: { stroke: null },
-        style: { whisker: { color: colour("--ink") }, guide: { color: colour("--quiet") } },
-        axis: { ...axis, domainColor: colour("--line"), gridColor: colour("--line"), gridOpacity: 0.6, tickColor: colour("--line") },
-        axisY: { labelLimit: Math.max(120, box.clientWidth * (narrow ? 0.38 : 0.48)) },
-        legend: { ...axis, orient: "bottom", columns: narrow ? 3 : 6, symbolStrokeWidth: 0 },
-      };
-      const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-      const options = { mode: "vega-lite", actions: false, renderer: "svg", ast: true, config, tooltip: { theme: dark ? "dark" : "light" } };
-      window.vegaEmbed(box, specs[box.dataset.chart], options).then(
-        (view) => views.push(view),
-        (error) => {
-          box.textContent = `The chart could not be drawn: ${error.message}`;
-        },
-      );
+      await new Promise((done) => setTimeout(done));
+      if (mine !== drawing) return;
+      const table = box.dataset.table;
+      const spec = { ...charts.specs[box.dataset.chart], datasets: { cells: recordsOf(table) } };
+      const options = { mode: "vega-lite", actions: false, renderer: "svg", ast: true, config: look(box), tooltip: { theme } };
+      try {
+        views.push({ view: await window.vegaEmbed(box, spec, options), spec, table });
+      } catch (error) {
+        box.textContent = `The chart could not be drawn: ${error.message}`;
+      }
     }
   };
   draw();

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lbi.collect import Row
+from lbi.comparing import Comparison
 from lbi.metrics import METRICS, WITH_ERROR, WITH_INTERVAL
-from lbi.ranking import Answer, Table, disturbance, outrun, unfused
+from lbi.ranking import SPEED, Answer, Table, disturbance, outrun, unfused
 from lbi.report.cell_table import COLUMNS, RATIO_DOC
-from lbi.report.figures import finite, moment
+from lbi.report.figures import finite, moment, with_noise
 from lbi.report.markup import Html, element, grid, joined, paragraph
 from lbi.store import STATUSES
 
@@ -66,6 +67,27 @@ def drafting(table: Table) -> Html:
     text = outrun([ranked.row for ranked in table.ranked if ranked.rank is not None])
     label, _, rest = text.partition(": ")
     return paragraph(element("strong", f"{label}: "), rest, class_="note") if text else Html()
+
+
+def comparison(found: Comparison) -> Html:
+    """Each cell beside its counterpart, the largest loss first."""
+    if not found.pairs:
+        return paragraph(found.summary())
+    lines = [
+        (
+            pair.row["name"],
+            pair.verdict,
+            f"{pair.ratio.value:.2f}"
+            + ("" if pair.ratio.low is None else f" ({pair.ratio.low:.2f} to {pair.ratio.high:.2f})"),
+            with_noise(pair.row, SPEED),
+            with_noise(pair.other, SPEED),
+            "-" if pair.row["env_id"] == pair.other["env_id"] else "another",
+        )
+        for pair in found.pairs
+    ]
+    heads = ("setting", "verdict", "ratio", "decode tok/s here", "there", "environment")
+    intro = "The ratio is this sweep's speed over the other's; a tie is where the two intervals overlap."
+    return joined([paragraph(found.summary()), paragraph(intro, class_="quiet"), grid(heads, lines, class_="words")])
 
 
 def interval_legend(table: Table) -> str:

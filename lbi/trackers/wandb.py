@@ -9,42 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import signal
-import subprocess
-import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from lbi.collect import rows
 from lbi.config import TrackerConfig
 from lbi.files import BadFile, read_json, write_json, write_text
 from lbi.store import SCHEMA, Store
 from lbi.trackers.wandb_access import may_be_online_now, wished_mode
+from lbi.trackers.wandb_process import run_bounded
 from lbi.trackers.wandb_runs import Ledger, Run, of_sweep
+from lbi.trackers.wandb_sweep_run import SweepRun, sweep_run
 from lbi.typed import plain
-
-MARK = "LBI_WANDB_WRITER"
-"""Environment variable by which a writer's helpers are known: wandb puts them in a session of their own."""
-
-KILL_S = 5.0
-
-ABOUT_ONE_RUN = (
-    "WANDB_CONFIG_PATHS",
-    "WANDB_DIR",
-    "WANDB_JOB_TYPE",
-    "WANDB_NAME",
-    "WANDB_NOTES",
-    "WANDB_PROGRAM",
-    "WANDB_RESUME",
-    "WANDB_RUN_GROUP",
-    "WANDB_RUN_ID",
-    "WANDB_SERVICE",
-    "WANDB_SWEEP_ID",
-    "WANDB_TAGS",
-)
-"""Variables that are meant for another W&B run than ours, or for another helper process."""
 
 
 def track_in_process(store: Store, sweep: str, config: TrackerConfig) -> str:
@@ -54,14 +34,37 @@ def track_in_process(store: Store, sweep: str, config: TrackerConfig) -> str:
     if wish == "disabled":
         return f"W&B: off ({who})"
     try:
-        runs = of_sweep(store, sweep)
-        problem = ""
-        if _is_pending(runs, Ledger(store, sweep, config), wish):
+        table, ledger = rows(store, sweep), Ledger(store, sweep, config)
+        runs, problem = of_sweep(store, sweep, table), ""
+        if _is_pending(runs, ledger, wish) or _is_untold(sweep_run(store, sweep, ledger, table), ledger, wish):
             problem = _write(store, sweep, config, started)
         return _line(store, sweep, config, runs, problem)
     except Exception as error:
         # A full disk, a lost network folder, an edited file: never worth a finished sweep, whose results are safe.
         return f"W&B: not everything was written ({type(error).__name__}: {error})"
+
+
+def write_meanwhile(store: Store, sweep: str, config: TrackerConfig, stop: threading.Event) -> bool:
+    """Have new results written online while others are still measured; whether that went well.
+
+    Ends, with its writer, soon after `stop` is set.
+    """
+    wish, _ = wished_mode(config.mode)
+    if wish not in ("auto", "online"):
+        return True
+    try:
+        ledger = Ledger(store, sweep, config)
+        if all(ledger.state(run) == "online" for run in of_sweep(store, sweep)):
+            return True
+        if not may_be_online_now(ledger.last):
+            return False
+        # What cannot be written online is left to the end: no offline runs from the middle of a sweep.
+        now = time.monotonic()
+        problem, _ = _write_once(store, sweep, replace(config, mode="online"), now, "", meanwhile=stop)
+        return not problem
+    except Exception:
+        # Reported at the end, when it is tried again.
+        return False
 
 
 def _is_pending(runs: Sequence[Run], ledger: Ledger, wish: str) -> bool:
@@ -70,6 +73,12 @@ def _is_pending(runs: Sequence[Run], ledger: Ledger, wish: str) -> bool:
     if "" in states:
         return True
     return "offline" in states and (wish == "online" or (wish == "auto" and may_be_online_now(ledger.last)))
+
+
+def _is_untold(whole: SweepRun | None, ledger: Ledger, wish: str) -> bool:
+    """Whether the run about the sweep is to be written; that is online or not at all."""
+    online = wish == "online" or (wish == "auto" and may_be_online_now(ledger.last))
+    return whole is not None and online and ledger.state(whole) == ""
 
 
 def _write(store: Store, sweep: str, config: TrackerConfig, started: float) -> str:
@@ -81,15 +90,26 @@ def _write(store: Store, sweep: str, config: TrackerConfig, started: float) -> s
     return problem
 
 
-def _write_once(store: Store, sweep: str, config: TrackerConfig, started: float, refused: str) -> tuple[str, bool]:
-    """A writer's problem, and whether the server refused; with `refused`, why, it writes offline."""
+def _write_once(
+    store: Store,
+    sweep: str,
+    config: TrackerConfig,
+    started: float,
+    refused: str,
+    meanwhile: threading.Event | None = None,
+) -> tuple[str, bool]:
+    """A writer's problem, and whether the server refused; with `refused`, why, it writes offline.
+
+    With `meanwhile` the sweep is not over: the writer stands back, and is ended when that is set.
+    """
     with tempfile.TemporaryDirectory(prefix="lbi-wandb-", ignore_cleanup_errors=True) as name:
         scratch = Path(name)
         left = config.timeout_s - (time.monotonic() - started)
         request = {"schema": SCHEMA, "config": plain(config), "deadline": time.time() + left, "refused": refused}
+        request["meanwhile"] = meanwhile is not None
         write_json(scratch / "request.json", request)
         try:
-            code = _run_writer([str(store.root), sweep, name], scratch, left)
+            code = run_bounded("lbi.trackers.wandb_writer", [str(store.root), sweep, name], scratch, left, meanwhile)
         except KeyboardInterrupt:
             return "stopped by Ctrl-C", False
         if code is None:
@@ -104,66 +124,6 @@ def _write_once(store: Store, sweep: str, config: TrackerConfig, started: float,
         except BadFile as bad:
             return str(bad), False
         return str(said["problem"]), bool(said["refused"])
-
-
-def _run_writer(arguments: Sequence[str], scratch: Path, seconds: float) -> int | None:
-    """Exit code of a writer, None if its time was up. Nothing that it started is alive afterwards."""
-    mark = secrets.token_hex(8)
-    with (scratch / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lbi.trackers.wandb_writer", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_environment(mark, scratch),
-            start_new_session=True,
-        )
-    try:
-        return process.wait(timeout=max(0.0, seconds))
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        _kill(process.pid)
-        process.wait()
-        _kill_marked(mark)
-
-
-def _environment(mark: str, scratch: Path) -> dict[str, str]:
-    """The user's keys and addresses, nothing that is about another run, and no files in the home folder."""
-    kept = {name: value for name, value in os.environ.items() if name not in ABOUT_ONE_RUN}
-    return kept | {
-        MARK: mark,
-        "LBI_PARENT": str(os.getpid()),
-        # Otherwise its helper reports to its makers, also when offline.
-        "WANDB_ERROR_REPORTING": "false",
-        "WANDB_CACHE_DIR": str(scratch / "cache"),
-        "WANDB_DATA_DIR": str(scratch / "data"),
-    }
-
-
-def _kill_marked(mark: str) -> None:
-    """End every process that has the mark in its environment, and wait until none has."""
-    end = time.monotonic() + KILL_S
-    while (found := list(_marked(mark))) and time.monotonic() < end:
-        for pid in found:
-            _kill(pid)
-        time.sleep(0.02)
-
-
-def _marked(mark: str) -> Iterator[int]:
-    """Processes with the mark. Where there is no /proc there are none; wandb-core then ends with its parent."""
-    wanted = f"{MARK}={mark}".encode()
-    with contextlib.suppress(OSError):
-        for entry in os.scandir("/proc"):
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    if wanted in Path(entry.path, "environ").read_bytes().split(b"\0"):
-                        yield int(entry.name)
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(OSError):
-        os.kill(pid, signal.SIGKILL)
 
 
 def _line(store: Store, sweep: str, config: TrackerConfig, runs: Sequence[Run], problem: str) -> str:

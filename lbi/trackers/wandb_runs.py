@@ -1,10 +1,11 @@
 """What W&B is to say about a sweep, and what it has been told already.
 
-One W&B run per result and per pruned cell, with an id made from what it is: writing it twice
-changes nothing. What was told is kept in the store, beside what it is about:
+One W&B run per result and per pruned cell, and one for the sweep's table (wandb_sweep_run.py),
+with an id made from what it is: writing it twice changes nothing. What was told is kept in the
+store, beside what it is about:
 
     runs/<run_id>/<env_id>/attempt-N/wandb.json     a result
-    sweeps/<name>/wandb.json                        the sweep's pruned cells, and how W&B was reached last
+    sweeps/<name>/wandb.json                        the sweep's pruned cells and table, and how W&B was reached last
 """
 
 from __future__ import annotations
@@ -14,19 +15,30 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from lbi.collect import Row, rows
 from lbi.config import AXES, IDENTITY, TrackerConfig
 from lbi.files import BadFile, read_json, write_json
 from lbi.identity import DISPLAY_ONLY
+from lbi.ranking import KLD_FLOOR
 from lbi.store import SCHEMA, STATUSES, Store, attempt_numbers
 from lbi.trackers.wandb_access import Access
+from lbi.trackers.wandb_files import Attachments, attachments
 
 TAGGED = ("model", "quantizer", "engine", "decoding", "cache", "status")
+LEVELS = ("none", "results", "all")
+"""Values of `tracker.files`, each attaching what the one before does."""
+
+KLD_PLOTTED = "mean_kld_plotted"
+"""The mean KLD, at least `KLD_FLOOR`: a logarithmic axis cannot show the baseline's zero."""
+
+PAGES = "dashboard"
+"""Summary entry of a sweep's run: ids and addresses of its workspace and its report."""
+
 MAX_TAG = 64
 """W&B refuses longer tags."""
 
@@ -34,19 +46,35 @@ SAVE_EVERY_S = 1.0
 
 Kind = TypeVar("Kind")
 
+Grid = tuple[Sequence[str], Sequence[Sequence[Any]]]
+"""A table's columns and rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One W&B run, as the store says it should be. `folder` holds the attempt; None for a pruned cell."""
+    """One W&B run, as the store says it should be. `folder` holds the attempt; None for a pruned cell.
+
+    `digest` changes with the content of a run that is not about one attempt.
+    """
 
     id: str
     row: Row
     folder: Path | None
+    digest: str = ""
+
+    job_type: ClassVar[str] = "bench"
+    keeps: ClassVar[Collection[str]] = ()
+    """Summary entries of others, which stay when the run is written anew."""
 
     def tags(self, sweeps: Sequence[str]) -> list[str]:
         """What the W&B page filters by: the options, the status, the sweeps it belongs to."""
-        wanted = [str(self.row[name])[:MAX_TAG] for name in TAGGED] + [f"sweep:{name}"[:MAX_TAG] for name in sweeps]
-        return [tag for tag in dict.fromkeys(wanted) if tag]
+        wanted = [*(str(self.row[name]) for name in TAGGED), self._device(), *(sweep_tag(name) for name in sweeps)]
+        return [tag for tag in dict.fromkeys(tag[:MAX_TAG] for tag in wanted) if tag]
+
+    def _device(self) -> str:
+        """The GPU's or CPU's name; empty for a cell that has not run."""
+        request = _read(self.folder / "config.json") if self.folder else {}
+        return str(request.get("device_name") or "")
 
     def config(self, sweep: str) -> dict[str, Any]:
         """The names of the options, and every knob that can change the result as `quantizer_bits`.
@@ -60,7 +88,7 @@ class Run:
         for group in IDENTITY:
             section = {key: value for key, value in sections.get(group, {}).items() if key not in DISPLAY_ONLY}
             knobs |= dict(_flat(group, section))
-        device = {"device": request["device_name"]} if "device_name" in request else {}
+        device = {"device": self._device()} if self._device() else {}
         return {"sweep": sweep, **knobs, **device, **named}
 
     def metrics(self) -> dict[str, float]:
@@ -68,7 +96,28 @@ class Run:
         if self.folder is None or self.row["status"] != "ok":
             return {}
         known = _read(self.folder / "metrics.json").get("metrics", {})
-        return {name: value for name, value in known.items() if value is not None}
+        found = {name: value for name, value in known.items() if value is not None}
+        if "mean_kld" in found:
+            found[KLD_PLOTTED] = max(found["mean_kld"], KLD_FLOOR)
+        return found
+
+    def grids(self) -> dict[str, Grid]:
+        """The raw samples and the generated text, as W&B's tables by the name of their summary entry."""
+        if self.folder is None or self.row["status"] != "ok":
+            return {}
+        made = {
+            "samples": _samples(self.folder / "samples.parquet"),
+            "generated": _generated(self.folder / "text.json"),
+        }
+        return {name: grid for name, grid in made.items() if grid is not None}
+
+    def pages(self) -> dict[str, Path]:
+        """HTML pages by the name of their summary entry."""
+        return {}
+
+    def attachments(self, config: TrackerConfig, scratch: Path) -> Attachments:
+        """The artifacts to attach, as `tracker.files` and `tracker.max_file_mb` have it."""
+        return attachments(self.id, self.folder, config.files, config.max_file_mb, scratch)
 
     def summary(self) -> dict[str, Any]:
         """What the W&B table shows: the metrics, and what became of the cell."""
@@ -77,11 +126,14 @@ class Run:
         return self.metrics() | {name: value for name, value in ending.items() if value not in (None, "")}
 
 
-def of_sweep(store: Store, sweep: str) -> list[Run]:
-    """A run for every cell that has something to say; duplicates and cells without a result have not."""
+def of_sweep(store: Store, sweep: str, table: Sequence[Row] | None = None) -> list[Run]:
+    """A run for every cell that has something to say; duplicates and cells without a result have not.
+
+    `table` are the sweep's rows, where they have been read.
+    """
     made: dict[str, Run] = {}
     prefix = "pruned-" + hashlib.sha256(sweep.encode()).hexdigest()[:8]
-    for row in rows(store, sweep):
+    for row in rows(store, sweep) if table is None else table:
         if row["status"] in STATUSES:
             run = Run(f"{row['run_id']}-{row['env_id']}", row, Path(row["folder"]))
         elif row["status"] == "pruned":
@@ -96,7 +148,9 @@ def of_sweep(store: Store, sweep: str) -> list[Run]:
 class Told:
     """What W&B was told about a run: as part of which sweep first and which since, and where it is.
 
-    `folder` is the offline run's folder, relative to the store; empty for an online run.
+    `folder` is the offline run's folder, relative to the store; empty for an online run. `artifacts` are those
+    that the server has committed, with their addresses, under a `tracker.files` of `files`; `opens` is the
+    address of the trace's viewer.
     """
 
     mode: str
@@ -110,6 +164,10 @@ class Told:
     url: str | None = None
     project_url: str | None = None
     folder: str = ""
+    digest: str = ""
+    files: str = "none"
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    opens: str = ""
 
 
 class Ledger:
@@ -119,27 +177,24 @@ class Ledger:
         self.store, self.sweep, self.config = store, sweep, config
         self._file = store.sweep_folder(sweep) / "wandb.json"
         content = _read(self._file)
-        self._pruned: dict[str, Any] = content.get("pruned", {})
+        self._kept: dict[str, Any] = content.get("pruned", {})
         self.last: Access | None = _parsed(Access, content.get("access"))
         self._saved = 0.0
 
     def state(self, run: Run) -> str:
         """online, offline, or empty where W&B must be told (again)."""
         told = self.latest(run)
-        if told is None or self.sweep not in told.sweeps or not self._same_place(told):
+        if told is None or self.sweep not in told.sweeps or not self._same_place(told) or told.digest != run.digest:
             return ""
         if told.mode == "online":
-            return "online"
-        folder = self.store.root / told.folder
-        if any(folder.glob("*.wandb.synced")):
-            # Somebody has uploaded it with `wandb sync`.
-            return "online"
-        return "offline" if folder.is_dir() else ""
+            return "online" if LEVELS.index(told.files) >= LEVELS.index(self.config.files) else ""
+        # What `wandb sync` has uploaded lacks tables and artifacts, so it still counts as offline.
+        return "offline" if (self.store.root / told.folder).is_dir() else ""
 
     def latest(self, run: Run) -> Told | None:
         """What was told about exactly this attempt, or pruned cell."""
         if run.folder is None:
-            return _parsed(Told, self._pruned.get(run.id))
+            return _parsed(Told, self._kept.get(run.id))
         return _parsed(Told, _read(run.folder / "wandb.json"))
 
     def earlier(self, run: Run) -> list[Told]:
@@ -156,7 +211,7 @@ class Ledger:
         """Keep what was told. Offline folders that it replaces go: uploaded beside it they would say it twice."""
         old = {item.folder for item in self.earlier(run)} - {told.folder, ""}
         if run.folder is None:
-            self._pruned[run.id] = asdict(told)
+            self._kept[run.id] = asdict(told)
             # All pruned cells share one file; with thousands of them it is not written for each.
             if time.monotonic() - self._saved > SAVE_EVERY_S:
                 self.save()
@@ -170,7 +225,7 @@ class Ledger:
     def save(self) -> None:
         """Write the sweep's file."""
         access = asdict(self.last) if self.last else None
-        write_json(self._file, {"schema": SCHEMA, "access": access, "pruned": self._pruned})
+        write_json(self._file, {"schema": SCHEMA, "access": access, "pruned": self._kept})
         self._saved = time.monotonic()
 
     def _same_place(self, told: Told) -> bool:
@@ -178,6 +233,33 @@ class Ledger:
         if told.mode == "online" and server and server.rstrip("/") != told.server.rstrip("/"):
             return False
         return told.project == self.config.project and self.config.entity in (None, told.entity)
+
+
+def sweep_tag(sweep: str) -> str:
+    """The tag that every run of a sweep has, also one whose group is another sweep."""
+    return f"sweep:{sweep}"[:MAX_TAG]
+
+
+def _samples(file: Path) -> Grid | None:
+    """The raw samples as `lbi.measuring` wrote them, a row for each token, without empty columns."""
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(file)
+    except (OSError, ValueError):
+        return None
+    columns = [name for name in table.column_names if table.column(name).null_count != len(table)]
+    return (columns, [[row[name] for name in columns] for row in table.to_pylist()]) if columns else None
+
+
+def _generated(file: Path) -> Grid | None:
+    """The text that was generated, in one row."""
+    content = _read(file)
+    if "text" not in content:
+        return None
+    return ["prompt_tokens", "new_tokens", "text"], [
+        [content.get("prompt_tokens"), len(content.get("tokens") or []), str(content["text"])]
+    ]
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:

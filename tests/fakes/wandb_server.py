@@ -4,9 +4,9 @@
         ...                             # WANDB_BASE_URL=server.url, WANDB_API_KEY=40 characters
         server.runs["id"].summary       # what a run said of itself
 
-It answers what `wandb.init`, `log` and `finish` of wandb 0.31 ask (operations found by running
+It answers what `wandb.init`, `log`, `log_artifact` and `finish` of wandb 0.31 ask (operations found by running
 that client against it) and keeps what it is told. An operation it does not know lands in `unknown`,
-which a test should find empty. `fail` answers with errors; `hanging` accepts and never answers.
+which a test should find empty. `fail` answers with errors; `hanging` accepts and never answers; `down` refuses.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlparse
+
+from fakes.wandb_artifacts import Artifacts
+from fakes.wandb_views import Views
 
 Json = dict[str, Any]
 
@@ -68,10 +71,12 @@ class FakeRun:
         return [line for _, line in sorted(self.streams.get(stream, {}).items())]
 
 
-class FakeWandb:
+class FakeWandb(Artifacts, Views):
     """The server; use it as a context manager. `runs` is keyed by run id."""
 
     def __init__(self, entity: str = "team") -> None:
+        Artifacts.__init__(self)
+        Views.__init__(self)
         self.entity = entity
         self.runs: dict[str, FakeRun] = {}
         self.operations: Counter[str] = Counter()
@@ -81,21 +86,38 @@ class FakeWandb:
         self._failures: list[list[Any]] = []
         self._lock = threading.RLock()
         self._hangs_on: bytes | None = None
+        self._down = False
         self._http = _Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def __enter__(self) -> FakeWandb:
+        self._down = False
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._hangs_on = None
+        self._down = True
         self._http.shutdown()
         self._http.server_close()
 
+    @contextmanager
+    def down(self) -> Iterator[None]:
+        """Refuse connections, and drop those there are, until the block ends; what was told is kept."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self._http = _Server(("127.0.0.1", int(self.url.rpartition(":")[2])), _handler(self))
+            self.__enter__()
+
     def fail(self, operation: str, status: int, times: int) -> None:
-        """Answer the next `times` requests of an operation with an HTTP error."""
+        """Answer the next `times` requests of an operation (or "PUT /artifacts") with an HTTP error."""
         self._failures.append([operation, status, times])
+
+    def forgive(self) -> None:
+        """No more errors from `fail`."""
+        self._failures.clear()
 
     @contextmanager
     def hanging(self, about: str = "") -> Iterator[None]:
@@ -106,32 +128,49 @@ class FakeWandb:
         finally:
             self._hangs_on = None
 
-    def answer(self, method: str, path: str, body: bytes) -> tuple[int, Json]:
+    def table(self, run: str, name: str) -> Json:
+        """Columns and data of a table that a run's summary refers to."""
+        said = self.runs[run].summary[name]
+        return json.loads(self.runs[run].files[said["path"]])
+
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, Json | bytes]:
         """Status and body for one request."""
         while (about := self._hangs_on) is not None and about in path.encode() + body:
             time.sleep(0.05)
+        if self._down:
+            raise ConnectionAbortedError
         path = unquote(urlparse(path).path)
         query: Json = json.loads(body) if path == "/graphql" else {}
         named = re.search(r"\b(?:query|mutation)\s+(\w+)", query.get("query", ""))
-        operation = named[1] if named else f"{method} {path}"
+        operation = named[1] if named else " ".join([method, *re.findall(r"^/\w+|/file_stream$", path)])
         with self._lock:
             self.operations[operation] += 1
-            self.bodies.append(body)
+            if not path.startswith("/artifacts/"):
+                self.bodies.append(body)
             for failure in self._failures:
                 if failure[0] == operation and failure[2] > 0:
                     failure[2] -= 1
                     return failure[1], {"errors": [{"message": "injected"}]}
             if query:
-                return 200, self._graphql(operation, query.get("variables") or {})
+                try:
+                    return 200, self._graphql(operation, query.get("variables") or {})
+                except LookupError as error:
+                    return 200, {"data": {}, "errors": [{"message": str(error)}]}
             return self._rest(method, path, body)
 
-    def _rest(self, method: str, path: str, body: bytes) -> tuple[int, Json]:
+    def _rest(self, method: str, path: str, body: bytes) -> tuple[int, Json | bytes]:
         stream = re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path)
         if stream and method == "POST":
             return 200, self._file_stream(self.runs[stream[1]], json.loads(body))
         stored = re.fullmatch(r"/storage/([^/]+)/(.+)", path)
         if stored and method == "PUT":
             self.runs[stored[1]].files[stored[2]] = body
+            return 200, {}
+        if path.startswith("/artifacts/"):
+            name = path.removeprefix("/artifacts/")
+            if method == "GET":
+                return 200, self._get_artifact(name)
+            self._put_artifact(name, body)
             return 200, {}
         return 404, {"error": f"no such path: {path}"}
 
@@ -156,6 +195,9 @@ class FakeWandb:
     def _on_Viewer(self, variables: Json) -> Json:
         teams = {"edges": [{"node": {"name": self.entity}}]}
         return {"viewer": {"id": "u1", "entity": self.entity, "username": "t", "flags": "{}", "teams": teams}}
+
+    def _on_GetDefaultEntity(self, variables: Json) -> Json:
+        return {"viewer": {"id": "u1", "entity": self.entity}}
 
     def _on_ServerFeaturesQuery(self, variables: Json) -> Json:
         return {"serverInfo": {"features": []}}
@@ -235,7 +277,7 @@ def _handler(fake: FakeWandb) -> type[BaseHTTPRequestHandler]:
 
         def _respond(self) -> None:
             status, content = fake.answer(self.command, self.path, self._body())
-            data = json.dumps(content).encode()
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))

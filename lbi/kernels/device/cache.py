@@ -9,6 +9,8 @@ the last to arrive adds up. FMT is 0 for int8, 1 for fp8 (e4m3), 2 for int4.
 import triton
 import triton.language as tl
 
+from lbi.kernels.device.splits import merge_if_last
+
 
 @triton.jit
 def _nearest(x):
@@ -135,29 +137,102 @@ def put(
 
 
 @triton.jit
+def _numbers_of(codes, FMT: tl.constexpr, HARD: tl.constexpr, KIND: tl.constexpr):
+    """Loaded codes (uint8, or e4m3 with HARD) as KIND, without scales: exact in bfloat16 too. For int4: one half."""
+    if FMT == 1 and HARD:
+        made = codes.to(KIND)
+    elif FMT == 1:
+        made = _widened(codes.to(tl.int32), FMT).to(KIND)
+    else:
+        made = codes.to(tl.int8, bitcast=True).to(KIND)
+    return made
+
+
+@triton.jit
+def _raw_halves(codes, where, inside, D: tl.constexpr, FMT: tl.constexpr, HARD: tl.constexpr, KIND: tl.constexpr):
+    """Both halves of codes at `where`, an offset for each value of a first half; 0 where not `inside`."""
+    if FMT == 2:
+        both = tl.load(codes + where, mask=inside, other=0)
+        one, two = _numbers_of(both & 15, FMT, HARD, KIND), _numbers_of(both >> 4, FMT, HARD, KIND)
+    else:
+        if FMT == 1 and HARD:
+            source = codes.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+            first, second = (
+                tl.load(source + where, mask=inside, other=0.0),
+                tl.load(source + where + D // 2, mask=inside, other=0.0),
+            )
+        else:
+            first, second = (
+                tl.load(codes + where, mask=inside, other=0),
+                tl.load(codes + where + D // 2, mask=inside, other=0),
+            )
+        one, two = _numbers_of(first, FMT, HARD, KIND), _numbers_of(second, FMT, HARD, KIND)
+    return one, two
+
+
+@triton.jit
+def _whole_rows(
+    codes, numbers, row, t, end, h, D: tl.constexpr, FMT: tl.constexpr, HARD: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    """Both halves of the rows without their scales, which are the third, (BT,), and their least values, the fourth.
+
+    Of rows with one scale: it meets the sums instead of the codes.
+    """
+    WIDTH: tl.constexpr = D // 2 if FMT == 2 else D
+    at, is_live = row + t, t < end
+    inside = is_live[:, None] & (h[None, :] < D // 2)
+    one, two = _raw_halves(codes, at[:, None] * WIDTH + h[None, :], inside, D, FMT, HARD, KIND)
+    scale = tl.load(numbers + at * (2 if FMT == 2 else 1), mask=is_live, other=0.0).to(tl.float32)
+    low = scale
+    if FMT == 2:
+        low = tl.load(numbers + at * 2 + 1, mask=is_live, other=0.0).to(tl.float32)
+    return one, two, scale, low
+
+
+@triton.jit
+def _scaled(made, numbers, at, inside, first, p, GROUPS: tl.constexpr, FMT: tl.constexpr, KIND: tl.constexpr):
+    """Codes (BT, PIECES, SIZE) times their groups' scales, from group `first` on, plus, for int4, the least values."""
+    NUMBERS: tl.constexpr = GROUPS * 2 if FMT == 2 else GROUPS
+    where = numbers + at[:, None] * NUMBERS + first + p[None, :]
+    scale = tl.load(where, mask=inside, other=0.0).to(KIND)
+    found = made * scale[:, :, None]
+    if FMT == 2:
+        found += tl.load(where + GROUPS, mask=inside, other=0.0).to(KIND)[:, :, None]
+    return found
+
+
+@triton.jit
 def _halves(
-    codes, numbers, row, t, end, h, D: tl.constexpr, G: tl.constexpr, FMT: tl.constexpr, KIND: tl.constexpr
+    codes, numbers, row, t, end, h, D: tl.constexpr, G: tl.constexpr, BH: tl.constexpr, FMT: tl.constexpr,
+    HARD: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Both halves of the rows `row + t` (BT,), each (BT, BH) of `KIND`; zeros beyond `end` and beyond the half."""
     HALF: tl.constexpr = D // 2
     GROUPS: tl.constexpr = D // G
-    NUMBERS: tl.constexpr = GROUPS * 2 if FMT == 2 else GROUPS
-    inside = (t[:, None] < end) & (h[None, :] < HALF)
-    at = row + t[:, None]
-    if FMT == 2:
-        both = tl.load(codes + at * HALF + h[None, :], mask=inside, other=0).to(tl.int32)
-        one, two = both & 15, both >> 4
+    WIDTH: tl.constexpr = HALF if FMT == 2 else D
+    if BH == HALF and G < D and triton.next_power_of_2(HALF // G) == HALF // G:
+        # Scales are loaded once a group, not once a value.
+        PIECES: tl.constexpr = HALF // G
+        p, i = tl.arange(0, PIECES), tl.arange(0, G)
+        at = row + t
+        inside = (t < end)[:, None]
+        where = at[:, None, None] * WIDTH + p[None, :, None] * G + i[None, None, :]
+        one, two = _raw_halves(codes, where, inside[:, :, None], D, FMT, HARD, KIND)
+        one = tl.reshape(_scaled(one, numbers, at, inside, 0, p, GROUPS, FMT, KIND), (t.shape[0], BH))
+        two = tl.reshape(_scaled(two, numbers, at, inside, PIECES, p, GROUPS, FMT, KIND), (t.shape[0], BH))
     else:
-        one = tl.load(codes + at * D + h[None, :], mask=inside, other=0).to(tl.int32)
-        two = tl.load(codes + at * D + HALF + h[None, :], mask=inside, other=0).to(tl.int32)
-    first = numbers + at * NUMBERS + (h // G)[None, :]
-    second = numbers + at * NUMBERS + ((h + HALF) // G)[None, :]
-    one = _widened(one, FMT) * tl.load(first, mask=inside, other=0.0).to(tl.float32)
-    two = _widened(two, FMT) * tl.load(second, mask=inside, other=0.0).to(tl.float32)
-    if FMT == 2:
-        one += tl.load(first + GROUPS, mask=inside, other=0.0).to(tl.float32)
-        two += tl.load(second + GROUPS, mask=inside, other=0.0).to(tl.float32)
-    return one.to(KIND), two.to(KIND)
+        NUMBERS: tl.constexpr = GROUPS * 2 if FMT == 2 else GROUPS
+        inside = (t[:, None] < end) & (h[None, :] < HALF)
+        at = row + t[:, None]
+        one, two = _raw_halves(codes, at * WIDTH + h[None, :], inside, D, FMT, HARD, KIND)
+        first = numbers + at * NUMBERS + (h // G)[None, :]
+        second = numbers + at * NUMBERS + ((h + HALF) // G)[None, :]
+        one = one * tl.load(first, mask=inside, other=0.0).to(KIND)
+        two = two * tl.load(second, mask=inside, other=0.0).to(KIND)
+        if FMT == 2:
+            one += tl.load(first + GROUPS, mask=inside, other=0.0).to(KIND)
+            two += tl.load(second + GROUPS, mask=inside, other=0.0).to(KIND)
+    return one, two
 
 
 @triton.jit
@@ -165,12 +240,13 @@ def attention(
     queries, cos_table, sin_table, key_codes, key_numbers, value_codes, value_numbers, position, out, partial, arrived,
     slots, scale, offset,
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr,
-    G: tl.constexpr, FMT: tl.constexpr, ROTATE: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    G: tl.constexpr, FMT: tl.constexpr, ROTATE: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
+    HARD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one token over the `position + offset` that the cache holds, the token itself among them.
 
     Programs: (key-value heads, SPLITS). `queries` is (HEADS, D); with ROTATE they are turned by the angles of
-    `position`. `partial` is (KV, SPLITS, BG, 2 BH + 2) float32; `arrived` (KV,) int32 of zeros.
+    `position`. `partial` and `arrived` are merge_if_last's, BD being the next power of two of D.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -200,48 +276,50 @@ def attention(
     acc1 = tl.zeros((BG, BH), tl.float32)
     acc2 = tl.zeros((BG, BH), tl.float32)
     row = kv.to(tl.int64) * slots
-    for start in range(first, end, BT):
-        t = start + tl.arange(0, BT)
-        k1, k2 = _halves(key_codes, key_numbers, row, t, end, h, D, G, FMT, kind)
-        score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-        score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
-        score = tl.where(t[None, :] < end, score, float("-inf"))
-        higher = tl.maximum(most, tl.max(score, axis=1))
-        weight = tl.exp(score - higher[:, None])
-        shrink = tl.exp(most - higher)
-        total = total * shrink + tl.sum(weight, axis=1)
-        v1, v2 = _halves(value_codes, value_numbers, row, t, end, h, D, G, FMT, kind)
-        acc1 = tl.dot(weight.to(kind), v1, acc1 * shrink[:, None], input_precision="ieee")
-        acc2 = tl.dot(weight.to(kind), v2, acc2 * shrink[:, None], input_precision="ieee")
-        most = higher
-
-    WIDTH: tl.constexpr = 2 * BH + 2
-    mine = partial + ((kv * SPLITS + split) * BG + g) * WIDTH
-    tl.store(mine[:, None] + h[None, :], acc1)
-    tl.store(mine[:, None] + BH + h[None, :], acc2)
-    tl.store(mine + 2 * BH, most)
-    tl.store(mine + 2 * BH + 1, total)
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + kv, 1, sem="acq_rel") == SPLITS - 1:
-        tl.store(arrived + kv, 0)
-        most = tl.full((BG,), float("-inf"), tl.float32)
-        total = tl.zeros((BG,), tl.float32)
-        acc1 = tl.zeros((BG, BH), tl.float32)
-        acc2 = tl.zeros((BG, BH), tl.float32)
-        for part in range(SPLITS):
-            its = partial + ((kv * SPLITS + part) * BG + g) * WIDTH
-            its_most = tl.load(its + 2 * BH, cache_modifier=".cg")
-            its_total = tl.load(its + 2 * BH + 1, cache_modifier=".cg")
-            higher = tl.maximum(most, its_most)
-            # A split without tokens has -inf, and so may all before it: exp(-inf - -inf) is no number.
-            shrink = tl.where(most == float("-inf"), 0.0, tl.exp(most - higher))
-            weight = tl.where(its_most == float("-inf"), 0.0, tl.exp(its_most - higher))
-            total = total * shrink + its_total * weight
-            theirs1 = tl.load(its[:, None] + h[None, :], cache_modifier=".cg")
-            theirs2 = tl.load(its[:, None] + BH + h[None, :], cache_modifier=".cg")
-            acc1 = acc1 * shrink[:, None] + theirs1 * weight[:, None]
-            acc2 = acc2 * shrink[:, None] + theirs2 * weight[:, None]
+    if G == D:
+        asked_sum = tl.sum(q1.to(tl.float32), axis=1) + tl.sum(q2.to(tl.float32), axis=1)
+        lifted = tl.zeros((BG,), tl.float32)
+        for start in range(first, end, BT):
+            t = start + tl.arange(0, BT)
+            k1, k2, size, low = _whole_rows(key_codes, key_numbers, row, t, end, h, D, FMT, HARD, kind)
+            score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+            score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * size[None, :]
+            if FMT == 2:
+                score += asked_sum[:, None] * low[None, :]
+            score = tl.where(t[None, :] < end, score, float("-inf"))
+            higher = tl.maximum(most, tl.max(score, axis=1))
+            weight = tl.exp(score - higher[:, None])
+            shrink = tl.exp(most - higher)
+            total = total * shrink + tl.sum(weight, axis=1)
+            v1, v2, size, low = _whole_rows(value_codes, value_numbers, row, t, end, h, D, FMT, HARD, kind)
+            if FMT == 2:
+                lifted = lifted * shrink + tl.sum(weight * low[None, :], axis=1)
+            weight = (weight * size[None, :]).to(kind)
+            acc1 = tl.dot(weight, v1, acc1 * shrink[:, None], input_precision="ieee")
+            acc2 = tl.dot(weight, v2, acc2 * shrink[:, None], input_precision="ieee")
             most = higher
-        to = out + (kv * SHARE + g[:, None]) * D + h[None, :]
-        tl.store(to, (acc1 / total[:, None]).to(kind), mask=asked)
-        tl.store(to + HALF, (acc2 / total[:, None]).to(kind), mask=asked)
+        acc1 += lifted[:, None]
+        acc2 += lifted[:, None]
+    else:
+        for start in range(first, end, BT):
+            t = start + tl.arange(0, BT)
+            k1, k2 = _halves(key_codes, key_numbers, row, t, end, h, D, G, BH, FMT, HARD, kind)
+            score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+            score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
+            score = tl.where(t[None, :] < end, score, float("-inf"))
+            higher = tl.maximum(most, tl.max(score, axis=1))
+            weight = tl.exp(score - higher[:, None])
+            shrink = tl.exp(most - higher)
+            total = total * shrink + tl.sum(weight, axis=1)
+            v1, v2 = _halves(value_codes, value_numbers, row, t, end, h, D, G, BH, FMT, HARD, kind)
+            acc1 = tl.dot(weight.to(kind), v1, acc1 * shrink[:, None], input_precision="ieee")
+            acc2 = tl.dot(weight.to(kind), v2, acc2 * shrink[:, None], input_precision="ieee")
+            most = higher
+
+    BD: tl.constexpr = triton.next_power_of_2(D)
+    mine = partial + ((kv * SPLITS + split) * SHARE + g) * (BD + 2)
+    tl.store(mine[:, None] + h[None, :], acc1, mask=asked)
+    tl.store(mine[:, None] + HALF + h[None, :], acc2, mask=asked)
+    tl.store(mine + BD, most, mask=g < SHARE)
+    tl.store(mine + BD + 1, total, mask=g < SHARE)
+    merge_if_last(partial, arrived, out + kv * SHARE * D, kv, SHARE, D, BD, SPLITS, AT_ONCE)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from lbi.kernels.device.gemv import row_products
+from lbi.kernels.device.splits import merge_if_last
 
 
 @triton.jit
@@ -153,46 +154,61 @@ def _rotated(values, cos, sin, head, G: tl.constexpr, HALF: tl.constexpr, BG: tl
 
 
 @triton.jit
+def _past(keys, values, base, t, end, D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr):
+    """Both halves of the keys, (BT, BH) each, and the values, (BT, BD), of slots `t`; 0 from `end` on."""
+    HALF: tl.constexpr = D // 2
+    h, d = tl.arange(0, BH), tl.arange(0, BD)
+    at = keys + base + t[:, None] * D
+    inside = (t[:, None] < end) & (h[None, :] < HALF)
+    k1 = tl.load(at + h[None, :], mask=inside, other=0.0)
+    k2 = tl.load(at + HALF + h[None, :], mask=inside, other=0.0)
+    v = tl.load(values + base + t[:, None] * D + d[None, :], mask=(t[:, None] < end) & (d[None, :] < D), other=0.0)
+    return k1, k2, v
+
+
+@triton.jit
 def attention(
     qkv, cos_table, sin_table, keys, values, position, out, partial, arrived, slots, scale,
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
-    BG: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    BG: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one token over what the cache holds of its past, and itself; it is put into the cache.
 
     Programs: (key-value heads, SPLITS). All query heads of a key-value head are one tile, so keys and
     values are read once. The splits share the live length, not the cache's; the last to arrive adds up
-    what all have left in `partial`, in their order. `qkv` is float32; `keys` and `values` are
-    (KV, slots, D); `partial` is (KV, SPLITS, BG, BD + 2) float32; `arrived` (KV,) int32 of zeros.
+    what all have left in `partial`, in their order, `AT_ONCE` of them at once. `qkv` is float32; `keys`
+    and `values` are (KV, slots, D); `partial` is (KV, SPLITS, HEADS / KV, BD + 2) float32; `arrived`
+    (KV,) int32 of zeros.
+
+    Only `qkv` comes from the kernel before this one. The position and the past were there when this
+    step's first kernel began, for that one waits for the end of the step before (`next_token` lets
+    nothing begin early): so they are read before the wait.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     kv, split = tl.program_id(0), tl.program_id(1)
     GROUP: tl.constexpr = HEADS // KV
     HALF: tl.constexpr = D // 2
     g, h, d = tl.arange(0, BG), tl.arange(0, BH), tl.arange(0, BD)
     kind = keys.dtype.element_ty
-    now = tl.load(position)
-    cos = tl.load(cos_table + now * HALF + h, mask=h < HALF, other=0.0)
-    sin = tl.load(sin_table + now * HALF + h, mask=h < HALF, other=0.0)
-    q1, q2 = _rotated(qkv, cos, sin, kv * GROUP, GROUP, HALF, BG, BH)
-    q1, q2 = (q1 * scale).to(kind), (q2 * scale).to(kind)
-
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    now = tl.load(position, cache_modifier=".cg")
     share = tl.cdiv(tl.cdiv(now + 1, SPLITS), BT) * BT
     first = split * share
     end = tl.minimum(first + share, now)
+    base = kv.to(tl.int64) * slots * D
+    k1, k2, v = _past(keys, values, base, first + tl.arange(0, BT), end, D, BD, BH)
+    cos = tl.load(cos_table + now * HALF + h, mask=h < HALF, other=0.0)
+    sin = tl.load(sin_table + now * HALF + h, mask=h < HALF, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    q1, q2 = _rotated(qkv, cos, sin, kv * GROUP, GROUP, HALF, BG, BH)
+    q1, q2 = (q1 * scale).to(kind), (q2 * scale).to(kind)
+
     most = tl.full((BG,), float("-inf"), tl.float32)
     total = tl.zeros((BG,), tl.float32)
     acc = tl.zeros((BG, BD), tl.float32)
-    base = kv.to(tl.int64) * slots * D
     for start in range(first, end, BT):
         t = start + tl.arange(0, BT)
-        past = keys + base + t[:, None] * D
-        inside = (t[:, None] < end) & (h[None, :] < HALF)
-        k1 = tl.load(past + h[None, :], mask=inside, other=0.0)
-        k2 = tl.load(past + HALF + h[None, :], mask=inside, other=0.0)
-        v = tl.load(values + base + t[:, None] * D + d[None, :], mask=(t[:, None] < end) & (d[None, :] < D), other=0.0)
         score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
         score = tl.where(t[None, :] < end, score, float("-inf"))
@@ -202,48 +218,33 @@ def attention(
         total = total * shrink + tl.sum(weight, axis=1)
         acc = tl.dot(weight.to(kind), v, acc * shrink[:, None], input_precision="ieee")
         most = higher
+        k1, k2, v = _past(keys, values, base, t + BT, end, D, BD, BH)
     if (first <= now) & (now < first + share):
         # The token's own key and value: not in the cache yet, so they are put there and counted here.
         k_at, v_at = qkv + HEADS * D, qkv + (HEADS + KV) * D
-        k1, k2 = _rotated(k_at, cos, sin, kv, 1, HALF, 1, BH)
-        k1, k2 = k1.to(kind), k2.to(kind)
+        new1, new2 = _rotated(k_at, cos, sin, kv, 1, HALF, 1, BH)
+        new1, new2 = new1.to(kind), new2.to(kind)
         new = keys + base + now * D + h[None, :]
-        tl.store(new, k1, mask=h[None, :] < HALF)
-        tl.store(new + HALF, k2, mask=h[None, :] < HALF)
-        v = tl.load(v_at + kv * D + d, mask=d < D, other=0.0).to(kind)
-        tl.store(values + base + now * D + d, v, mask=d < D)
-        own = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), axis=1) + tl.sum(
-            q2.to(tl.float32) * k2.to(tl.float32), axis=1
+        tl.store(new, new1, mask=h[None, :] < HALF)
+        tl.store(new + HALF, new2, mask=h[None, :] < HALF)
+        v_own = tl.load(v_at + kv * D + d, mask=d < D, other=0.0).to(kind)
+        tl.store(values + base + now * D + d, v_own, mask=d < D)
+        own = tl.sum(q1.to(tl.float32) * new1.to(tl.float32), axis=1) + tl.sum(
+            q2.to(tl.float32) * new2.to(tl.float32), axis=1
         )
         higher = tl.maximum(most, own)
         shrink, weight = tl.exp(most - higher), tl.exp(own - higher)
         total = total * shrink + weight
-        acc = acc * shrink[:, None] + weight[:, None] * v.to(tl.float32)[None, :]
+        acc = acc * shrink[:, None] + weight[:, None] * v_own.to(tl.float32)[None, :]
         most = higher
 
-    WIDTH: tl.constexpr = BD + 2
-    mine = partial + ((kv * SPLITS + split) * BG + g) * WIDTH
-    tl.store(mine[:, None] + d[None, :], acc)
-    tl.store(mine + BD, most)
-    tl.store(mine + BD + 1, total)
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + kv, 1, sem="acq_rel") == SPLITS - 1:
-        tl.store(arrived + kv, 0)
-        most = tl.full((BG,), float("-inf"), tl.float32)
-        total = tl.zeros((BG,), tl.float32)
-        acc = tl.zeros((BG, BD), tl.float32)
-        for part in range(SPLITS):
-            its = partial + ((kv * SPLITS + part) * BG + g) * WIDTH
-            its_most = tl.load(its + BD, cache_modifier=".cg")
-            its_total = tl.load(its + BD + 1, cache_modifier=".cg")
-            higher = tl.maximum(most, its_most)
-            # A split without tokens has -inf, and so may all before it: exp(-inf - -inf) is no number.
-            shrink = tl.where(most == float("-inf"), 0.0, tl.exp(most - higher))
-            weight = tl.where(its_most == float("-inf"), 0.0, tl.exp(its_most - higher))
-            total = total * shrink + its_total * weight
-            theirs = tl.load(its[:, None] + d[None, :], cache_modifier=".cg")
-            acc = acc * shrink[:, None] + theirs * weight[:, None]
-            most = higher
-        made = acc / total[:, None]
-        to = out + (kv * GROUP + g[:, None]) * D + d[None, :]
-        tl.store(to, made.to(out.dtype.element_ty), mask=(g[:, None] < GROUP) & (d[None, :] < D))
+    to = out + kv * GROUP * D
+    if SPLITS == 1:
+        made = (acc / total[:, None]).to(out.dtype.element_ty)
+        tl.store(to + g[:, None] * D + d[None, :], made, mask=(g[:, None] < GROUP) & (d[None, :] < D))
+    else:
+        mine = partial + ((kv * SPLITS + split) * GROUP + g) * (BD + 2)
+        tl.store(mine[:, None] + d[None, :], acc, mask=g[:, None] < GROUP)
+        tl.store(mine + BD, most, mask=g < GROUP)
+        tl.store(mine + BD + 1, total, mask=g < GROUP)
+        merge_if_last(partial, arrived, to, kv, GROUP, D, BD, SPLITS, AT_ONCE)

@@ -82,6 +82,32 @@ def _weights(
 
 
 @triton.jit
+def _ones(words, BITS: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, WG: tl.constexpr, kind: tl.constexpr):
+    """(B, BN, inputs) of 1, made of the words as `_weights` are: so both products take inputs in one order."""
+    INPUTS: tl.constexpr = WG * (4 if BITS == 8 else 8)
+    if PTX and kind != tl.float32:
+        if kind == tl.bfloat16:
+            low, high = tl.inline_asm_elementwise(
+                "mov.b32 {$0, $1}, 0x3F803F80;", "=h,=h,r", [words],
+                dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            low, high = tl.inline_asm_elementwise(
+                "mov.b32 {$0, $1}, 0x3C003C00;", "=h,=h,r", [words],
+                dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
+            )  # fmt: skip
+        two = tl.join(low, high)
+        if BITS == 8:
+            made = tl.reshape(tl.join(two, two), (B, BN, INPUTS))
+        else:
+            halves = tl.join(tl.join(two, two), tl.join(two, two))
+            made = tl.reshape(tl.permute(halves, (0, 1, 3, 2, 4, 5)), (B, BN, INPUTS))
+    else:
+        made = tl.full((B, BN, INPUTS), 1.0, kind)
+    return made
+
+
+@triton.jit
 def _tokens(x, at, k, M, K: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr):
     """Inputs of batches `at`, (B, UNIT) for one token and (B, UNIT, COLS) for more; 0 outside."""
     where = at[:, None] * UNIT + k[None, :]
@@ -116,31 +142,91 @@ def _ordered(
 
 
 @triton.jit
+def _coded(
+    words, inputs, start, BITS: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, WG: tl.constexpr,
+    COLS: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    """`start`, (B, BN, columns), plus the sums of (OFF of the plane + code) * input."""
+    taken = _ordered(inputs, 0, BITS, B, WG, COLS)
+    found = tl.dot(_weights(words, 0, BITS, B, BN, WG, kind), taken, start, input_precision="ieee")
+    if BITS != 4:
+        others = _ordered(inputs, 1, BITS, B, WG, COLS)
+        found = tl.dot(_weights(words, 1, BITS, B, BN, WG, kind), others, found, input_precision="ieee")
+    return found
+
+
+@triton.jit
+def _too_much(first, second, zero, BITS: tl.constexpr, kind: tl.constexpr):
+    """What `_coded` has beyond (code - zero) * input, from the sums of the inputs of either plane."""
+    IN_MANTISSA: tl.constexpr = PTX and kind != tl.float32
+    OFF: tl.constexpr = (128.0 if kind == tl.bfloat16 else 1024.0) if IN_MANTISSA else 0.0
+    if BITS == 2:
+        found = (OFF + zero) * first + (OFF / 4 + zero) * second
+    else:
+        found = ((17 if BITS == 8 else 1) * OFF + zero) * first
+    return found
+
+
+@triton.jit
+def _planes_alone(inputs, k, BITS: tl.constexpr):
+    """Inputs (B, UNIT), float32, with 0 for those of the second plane, and the others alike; all, twice, of one plane.
+
+    8 bits have two planes of the same inputs.
+    """
+    wide = inputs.to(tl.float32)
+    if BITS == 2:
+        is_second = (k & 2)[None, :] != 0
+        first, second = tl.where(is_second, 0.0, wide), tl.where(is_second, wide, 0.0)
+    else:
+        first, second = wide, wide
+    return first, second
+
+
+@triton.jit
+def _input_sums(
+    words, inputs, PLANE: tl.constexpr, BITS: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, WG: tl.constexpr,
+    COLS: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    """(B, BN, columns), the same in all rows: sums of a plane's inputs, by a product with ones."""
+    C: tl.constexpr = 8 if COLS == 0 else COLS
+    nothing = tl.zeros((B, 16, C), tl.float32)
+    taken = _ordered(inputs, PLANE, BITS, B, WG, COLS)
+    if BN == 32:
+        # Sixteen rows of them are enough for both halves.
+        half, _ = tl.split(tl.permute(tl.reshape(words, (B, 2, 16, WG)), (0, 2, 3, 1)))
+        found = tl.dot(_ones(half, BITS, B, 16, WG, kind), taken, nothing, input_precision="ieee")
+        found = tl.reshape(tl.permute(tl.join(found, found), (0, 3, 1, 2)), (B, BN, C))
+    else:
+        ones = _ones(words, BITS, B, BN, WG, kind)
+        found = tl.dot(ones, taken, tl.zeros((B, BN, C), tl.float32), input_precision="ieee")
+    return found
+
+
+@triton.jit
 def _sums(
     words, inputs, zero, BITS: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, WG: tl.constexpr,
     COLS: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
     """(B, BN, columns) sums of (code - zero) * input, `zero` being a number or (B, BN, 1)."""
-    C: tl.constexpr = 8 if COLS == 0 else COLS
-    INPUTS: tl.constexpr = WG * (4 if BITS == 8 else 8)
-    IN_MANTISSA: tl.constexpr = PTX and kind != tl.float32
-    OFF: tl.constexpr = (128.0 if kind == tl.bfloat16 else 1024.0) if IN_MANTISSA else 0.0
-    ones = tl.full((B, BN, INPUTS), 1.0, kind)
-    nothing = tl.zeros((B, BN, C), tl.float32)
-    taken = _ordered(inputs, 0, BITS, B, WG, COLS)
-    found = tl.dot(_weights(words, 0, BITS, B, BN, WG, kind), taken, nothing, input_precision="ieee")
-    total = tl.dot(ones, taken, nothing, input_precision="ieee")
-    if BITS == 4:
-        found -= (OFF + zero) * total
-    elif BITS == 8:
-        found = tl.dot(_weights(words, 1, BITS, B, BN, WG, kind), taken, found, input_precision="ieee")
-        found -= (17 * OFF + zero) * total
+    nothing = tl.zeros((B, BN, 8 if COLS == 0 else COLS), tl.float32)
+    found = _coded(words, inputs, nothing, BITS, B, BN, WG, COLS, kind)
+    first = _input_sums(words, inputs, 0, BITS, B, BN, WG, COLS, kind)
+    second = first
+    if BITS == 2:
+        second = _input_sums(words, inputs, 1, BITS, B, BN, WG, COLS, kind)
+    return found - _too_much(first, second, zero, BITS, kind)
+
+
+@triton.jit
+def _words(rows, at, w, n, N, WG: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """(B, BN, WG) words of rows at `rows`, (1, BN, 1), in batches `at`; 0 outside."""
+    j = at[:, None] * WG + w[None, :]
+    if EVEN:
+        words = tl.load(rows + j[:, None, :], eviction_policy="evict_first")
     else:
-        others = _ordered(inputs, 1, BITS, B, WG, COLS)
-        found = tl.dot(_weights(words, 1, BITS, B, BN, WG, kind), others, found, input_precision="ieee")
-        found -= (OFF + zero) * total
-        found -= (OFF / 4 + zero) * tl.dot(ones, others, nothing, input_precision="ieee")
-    return found
+        inside = (n[None, :, None] < N) & (j[:, None, :] < WIDTH)
+        words = tl.load(rows + j[:, None, :], mask=inside, other=0, eviction_policy="evict_first")
+    return words
 
 
 @triton.jit
@@ -188,27 +274,49 @@ def packed_products(
             zero = _of_groups(zeros, n, first * B + b, N, K, GROUP, UNIT)
     elif Z < 0:
         zero = tl.load(zeros + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if PDL:
-        _prefetch(data, n, N, WIDTH, min(8, triton.next_power_of_2(triton.cdiv(WIDTH, 32))))
-        tl.extra.cuda.gdc_wait()
-    for step in range(STEPS):
-        at = (first + step) * B + b
-        j = at[:, None] * WG + w[None, :]
-        if EVEN:
-            words = tl.load(rows + j[:, None, :], eviction_policy="evict_first")
-        else:
-            inside = (n[None, :, None] < N) & (j[:, None, :] < WIDTH)
-            words = tl.load(rows + j[:, None, :], mask=inside, other=0, eviction_policy="evict_first")
-        inputs = _tokens(x, at, k, M, K, UNIT, COLS, EVEN).to(kind)
-        found = _sums(words, inputs, zero if Z >= 0 else zero[:, :, None], BITS, B, BN, WG, COLS, kind)
+    if STEPS == 1 and COLS == 0:
+        # All of it at once, before the inputs are there: what is left to do then takes no memory's time.
+        words = _words(rows, first * B + b, w, n, N, WG, WIDTH, EVEN)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        inputs = _tokens(x, first * B + b, k, M, K, UNIT, COLS, EVEN).to(kind)
+        one, other = _planes_alone(inputs, k, BITS)
+        ones, others = tl.sum(one, axis=1)[:, None], tl.sum(other, axis=1)[:, None]
+        acc = _coded(words, inputs, acc, BITS, B, BN, WG, COLS, kind)
+        acc -= _too_much(ones, others, zero, BITS, kind)[:, :, None]
         if GROUP < K:
-            acc += found * scale[:, :, None]
-            # A step ahead: they are too small to come with the words.
-            scale = _of_groups(scales, n, at + B, N, K, GROUP, UNIT)
-            if Z < 0:
-                zero = _of_groups(zeros, n, at + B, N, K, GROUP, UNIT)
+            acc *= scale[:, :, None]
+    else:
+        if PDL:
+            _prefetch(data, n, N, WIDTH, min(8, triton.next_power_of_2(triton.cdiv(WIDTH, 32))))
+            tl.extra.cuda.gdc_wait()
+        if GROUP == K and COLS == 0:
+            one = tl.zeros((B, UNIT), tl.float32)
+            other = tl.zeros((B, UNIT), tl.float32)
+            for step in range(STEPS):
+                at = (first + step) * B + b
+                words = _words(rows, at, w, n, N, WG, WIDTH, EVEN)
+                inputs = _tokens(x, at, k, M, K, UNIT, COLS, EVEN).to(kind)
+                acc = _coded(words, inputs, acc, BITS, B, BN, WG, COLS, kind)
+                more, others = _planes_alone(inputs, k, BITS)
+                one += more
+                other += others
+            off = _too_much(tl.sum(one, axis=1)[:, None], tl.sum(other, axis=1)[:, None], zero, BITS, kind)
+            acc -= off[:, :, None]
         else:
-            acc += found
+            for step in range(STEPS):
+                at = (first + step) * B + b
+                words = _words(rows, at, w, n, N, WG, WIDTH, EVEN)
+                inputs = _tokens(x, at, k, M, K, UNIT, COLS, EVEN).to(kind)
+                found = _sums(words, inputs, zero if Z >= 0 else zero[:, :, None], BITS, B, BN, WG, COLS, kind)
+                if GROUP < K:
+                    acc += found * scale[:, :, None]
+                    # A step ahead: they are too small to come with the words.
+                    scale = _of_groups(scales, n, at + B, N, K, GROUP, UNIT)
+                    if Z < 0:
+                        zero = _of_groups(zeros, n, at + B, N, K, GROUP, UNIT)
+                else:
+                    acc += found
     made = tl.sum(acc, axis=0)
     if GROUP == K:
         made *= tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
