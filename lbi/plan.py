@@ -243,7 +243,8 @@ def _varying_knobs(cells: list[Cell]) -> list[str]:
     for cell in cells:
         for override in cell.overrides:
             key, value = _split(override)
-            if "." in key and not key.startswith("hydra"):
+            # The workload's own name has its batch already.
+            if "." in key and not key.startswith("hydra") and key != "workload.batch":
                 values.setdefault(key, set()).add(value)
                 given[key] += 1
     return [key for key, found in values.items() if len(found) > 1 or given[key] < len(cells)]

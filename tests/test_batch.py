@@ -93,6 +93,7 @@ def test_a_batch_of_one_is_no_new_measurement(plan: MakePlan) -> None:
     assert "batch" not in identity.canonical_workload(first.workload)
     assert made[0].run_id == plan(*loops).cells[0].run_id
     assert [cell.choices["workload"].partition(" ")[2] for cell in made] == ["", "batch=2", "batch=8"]
+    assert [cell.name for cell in made] == [cell.choices["workload"] for cell in made]
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,15 @@ def test_a_dry_run_shows_every_verdict_and_leaves_nothing_behind(run_lbi: RunLbi
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.model
+def test_the_grid_of_decodings_runs_on_every_engine_that_can_and_says_why_on_others(run_lbi: RunLbi) -> None:
+    """Three engines, six ways to decode, seven caches: on hf greedy alone, on the others all on four static caches."""
+    done = run_lbi("-m", "+sweep=decoding_grid", "engine=loop,fused", "sweep.dry_run=true")
+    assert "84 cells, 48 RUN, 36 PRUNED" in done.stdout
+    hf = run_lbi("-m", "+sweep=decoding_grid", "engine=hf", "cache=dynamic,static,static_int8", "sweep.dry_run=true")
+    assert "18 cells, 2 RUN, 16 PRUNED" in hf.stdout
+
+
 def test_a_preset_is_narrowed_by_the_command_line(run_lbi: RunLbi) -> None:
     done = run_lbi("-m", "+sweep=quickstart", "quantizer=none", "sweep.dry_run=true")
     assert "hqq4" not in done.stdout

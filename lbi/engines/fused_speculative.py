@@ -29,7 +29,8 @@ class SpeculativeFused(Speculative, FusedEngine):
         FusedEngine.__init__(self, model, config, slots)
         self._expect_drafts(self.llama.head.rows, self.llama.device)
         self._accept = acceptance(config.decoding)
-        self._by_model = None if draft is None else self._drafted_by(draft)
+        own = (self.llama, config, self.drafts, self._noise, self._seen)
+        self._by_model = None if draft is None else FusedDrafter(draft, *own)
 
     def last_token(self) -> int:
         """See `Target.last_token`."""
@@ -80,10 +81,6 @@ class SpeculativeFused(Speculative, FusedEngine):
         steps = self.llama.steps
         last: torch.Tensor = steps.tokens.index_select(0, steps.position.long())
         return last
-
-    def _drafted_by(self, draft: Draft) -> FusedDrafter:
-        own = (self.config, self.drafts, self._noise, self._seen)
-        return FusedDrafter(draft, self.llama, *own)
 
     def _make_drafter(self) -> Drafter:
         if self._by_model is None:
