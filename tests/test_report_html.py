@@ -578,7 +578,7 @@ class Browser:
     def read(self, file: Path, *more: str) -> dict[str, Any]:
         """What `READER` saw; `dom` is the page afterwards."""
         quiet = "--disable-gpu --disable-dev-shm-usage --disable-background-networking --no-first-run --no-sandbox"
-        logged = "--enable-logging=stderr --v=0 --virtual-time-budget=8000"
+        logged = "--enable-logging=stderr --v=0 --virtual-time-budget=30000"
         command = [self.program, "--headless", *quiet.split(), *logged.split(), f"--user-data-dir={self.folder}"]
         done = subprocess.run(
             [*command, *more, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=90, check=True
