@@ -122,6 +122,7 @@ def main(arguments: Sequence[str]) -> int:
     """Fetch; done.json says how many, or why not."""
     die_with_parent()
     import wandb
+
     from lbi.trackers.wandb_writer import find_access
 
     (folder,) = arguments

@@ -204,6 +204,7 @@ def main(arguments: Sequence[str]) -> int:
 def _save_and_note(content: Pages, scratch: Path, deadline: float) -> dict[str, str]:
     """Save, with the ids from and to the summary of the sweep's run."""
     import wandb
+
     from lbi.trackers.wandb_writer import run_settings
 
     told = content.told
