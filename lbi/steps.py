@@ -240,6 +240,7 @@ def _note_compiled(config: LbiConfig, engine: Engine, record: Record) -> None:
     graphs = engine.graphs()
     if graphs is not None:
         found = {"cuda_graphs": graphs.captured, "replays": graphs.replays, "tokens_per_graph": engine.tokens_at_once}
+        found |= {"prefill_graphs": graphs.prefills} if graphs.prefills else {}
         record.effective["compiler"] = {**counters(), **found} if config.compiler.linears else found
         if not graphs.replays:
             raise NotApplied(f"{config.compiler.name} was asked for and no step was replayed")

@@ -162,6 +162,36 @@ def test_prompts_that_cannot_be_are_refused_before_any_work() -> None:
         engine.generate(list(range(14)), 4, seed=0)
 
 
+def test_short_prompts_are_captured_by_the_length_that_they_are_filled_up_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for a CUDA graph, which warms up, captures and restores as one does."""
+
+    class Graph:
+        def __init__(self, call: Callable[[], Any], restore: Callable[[], None]) -> None:
+            self.call, self.replays = call, 0
+            for _ in range(4):
+                call()
+                restore()
+
+        def __call__(self) -> Any:
+            self.replays += 1
+            return self.call()
+
+    monkeypatch.setattr("lbi.engines.fused.GraphedCall", Graph)
+    model = llama()
+    plain, graphed = (FusedEngine(model, CONFIG, slots=60) for _ in range(2))
+    graphed.compile()
+    # Of the two longest one fills its length and one has none that the cache has room for.
+    for length, captured in ((3, 1), (16, 1), (5, 1), (17, 2), (32, 2), (40, 2)):
+        prompt = torch.randint(0, 517, (length,)).tolist()
+        wanted = plain.generate(prompt, 9, seed=0, inspect=True)
+        found = graphed.generate(prompt, 9, seed=0, inspect=True)
+        assert found.tokens == wanted.tokens
+        assert off(found.logits, wanted.logits) < 1e-5
+        assert graphed.graphs().prefills == captured
+    assert sorted(graphed._buckets) == [16, 32]
+    assert [bucket.logits.replays for _, bucket in sorted(graphed._buckets.items())] == [3, 2]
+
+
 @pytest.mark.parametrize(("script", "said"), [("interpreted_decode", "5 shapes"), ("compiled_decode", "sm_90: 48 k")])
 def test_the_kernels_do_what_their_torch_reference_does_and_compile(script: str, said: str) -> None:
     """In Triton's interpreter, or for a GPU that is not here: each takes over its whole process."""

@@ -36,10 +36,11 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """CUDA graphs of an engine: how many it has captured, and replays of all of them."""
+    """CUDA graphs of an engine: those captured for decoding, replays of all of them, and those captured for prompts."""
 
     captured: int
     replays: int
+    prefills: int = 0
 
 
 class Engine(Protocol):

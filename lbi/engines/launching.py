@@ -40,6 +40,9 @@ class LaunchingEngine(ABC):
     def _ready(self, counts: set[int]) -> dict[int, Steps]:
         """What runs each number of steps, on empty buffers. Captures the graphs that are not there yet."""
 
+    def _expect(self, prompt_tokens: int) -> None:  # noqa: B027 (an engine need not prepare for a prompt)
+        """Called before the timed region with the length of the prompt that comes next."""
+
     @abstractmethod
     def _reset(self) -> None:
         """Back to before the first token."""
@@ -64,6 +67,7 @@ class LaunchingEngine(ABC):
         clock = Clock(self.device)
         with torch.no_grad():
             steps = self._ready(set(launches))
+            self._expect(len(prompt))
             ids = torch.tensor(prompt, device=self.device)
             torch.manual_seed(seed)
             if self.device == "cuda":
