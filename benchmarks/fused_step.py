@@ -249,7 +249,7 @@ def candidates(form: str, kind: str) -> list[Tile]:
     case = Case(form, *({**SIZES, "head": HEAD}[kind]))
     if case.item_bytes == 4:
         whole = 1 << (case.width - 1).bit_length()
-        choices = [Tile(*values) for values in product((16, 32), (16, 32, 64, 128), (2, 4, 8), (1,), (3, 4))]
+        choices = [Tile(*values) for values in product((16, 32), (16, 32, 64, 128, 256), (2, 4, 8, 16), (1,), (3, 4))]
         # And all of a row at once, held in registers.
         at_once = [Tile(16, whole, warps) for warps in (4, 8, 16) if whole / warps <= 128]
         return at_once + [tile for tile in choices if possible_packed(case, tile)]
