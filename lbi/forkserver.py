@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,7 @@ def _import_all() -> str | None:
     """Import everything a run needs; why forking would not be sound, or None."""
     import torch
 
+    blamed = ""
     with _asked_through_nvml(torch.cuda) as callers:
         for name in (*MODULES, *OPTIONAL):
             try:
@@ -157,10 +158,21 @@ def _import_all() -> str | None:
             if torch.cuda.is_initialized():
                 outside = [line for line in callers if "/torch/" not in line and "importlib" not in line]
                 return f"importing {name} has initialized CUDA ({outside[-1] if outside else 'by an extension'})"
-    threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
-    if threads != 1:
-        return f"the imports left {threads} threads" if threads else "threads cannot be counted here"
+            if not blamed and len(_thread_names()) > 1:
+                blamed = f", the first from {name}"
+    names = _thread_names()
+    if len(names) != 1:
+        left = f"the imports left {len(names)} threads{blamed}: {', '.join(names)}"
+        return left if names else "threads cannot be counted here"
     return None
+
+
+def _thread_names() -> list[str]:
+    """What the kernel calls this process's threads; none where it does not say."""
+    tasks = Path("/proc/self/task")
+    with suppress(OSError):
+        return sorted((task / "comm").read_text().strip() for task in tasks.iterdir())
+    return []
 
 
 @contextmanager

@@ -132,8 +132,8 @@ def _lives(pid: int) -> bool:
 def test_it_refuses_to_fork_beside_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forkserver, "MODULES", ())
     monkeypatch.setattr(forkserver, "OPTIONAL", ())
-    monkeypatch.setattr(os, "listdir", lambda path: ["1", "2"])
-    assert "2 threads" in str(forkserver._import_all())
+    monkeypatch.setattr(forkserver, "_thread_names", lambda: ["python", "watcher"])
+    assert str(forkserver._import_all()) == "the imports left 2 threads: python, watcher"
 
 
 def test_it_refuses_what_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
