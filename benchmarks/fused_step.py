@@ -15,8 +15,8 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from copy import copy
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -74,7 +74,7 @@ def main() -> None:
 
 def model(form: str, given: argparse.Namespace, layers: int, device: str = "cuda") -> Any:
     """As much of a `Llama` as its `step` takes, of random weights."""
-    from lbi.engines.fused_llama import Layer
+    from lbi.engines.fused_llama import Layer, Llama
     from lbi.kernels.decode import TritonSteps
 
     shape = Shape(hidden=4096, heads=32, kv_heads=8, width=128, slots=given.slots or given.depth + 100, eps=1e-5)
@@ -89,7 +89,8 @@ def model(form: str, given: argparse.Namespace, layers: int, device: str = "cuda
         # Zeros: what a low-bit cache holds does not change what reading it takes.
         return Layer(*matrices, gain, gain, *(kind.allocate(8, shape.slots, torch.device(device)) for _ in range(2)))
 
-    return SimpleNamespace(
+    made = object.__new__(Llama)
+    vars(made).update(
         steps=TritonSteps(shape, torch.device(device), torch.bfloat16, kind),
         layers=[layer() for _ in range(layers)],
         table=SimpleNamespace(weight=torch.randn(HEAD, device=device).bfloat16()),
@@ -98,6 +99,7 @@ def model(form: str, given: argparse.Namespace, layers: int, device: str = "cuda
         cos=torch.randn(shape.slots + 1, 64, device=device),
         sin=torch.randn(shape.slots + 1, 64, device=device),
     )
+    return made
 
 
 class Without:
@@ -126,14 +128,13 @@ class Without:
 
 def step_us(made: Any, depth: int, without: str | None = None, rounds: int = 5) -> float:
     """Median microseconds of a step at `depth`, of `rounds` of twenty replays."""
-    from lbi.engines.fused_llama import Llama
-
-    step: Callable[[], Any] = lambda: Llama.step(made)  # noqa: E731
     made.steps.position.fill_(depth)
-    step()
+    made.step()
+    step = made.step
     if without is not None:
-        left_out = SimpleNamespace(**vars(made) | {"steps": Without(made.steps, without)})
-        step = lambda: Llama.step(left_out)  # type: ignore[arg-type]  # noqa: E731
+        left_out = copy(made)
+        left_out.steps = Without(made.steps, without)
+        step = left_out.step
         step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

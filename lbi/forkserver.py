@@ -23,8 +23,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ OPTIONAL = ("torchao.quantization", "hqq.core.quantize")
 """Imported too where they are installed."""
 
 
-OWN_VARIABLES = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-"""OpenBLAS would start its threads when numpy is imported, and looking for a GPU through CUDA would initialize it."""
+OWN_VARIABLES = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""OpenBLAS would start its threads when numpy is imported, and pyarrow's allocator one when that is."""
 
 
 class ForkServer:
@@ -148,7 +149,7 @@ def _import_all() -> str | None:
     import torch
 
     blamed = ""
-    with _asked_through_nvml(torch.cuda) as callers:
+    with _told_of_gpus(torch.cuda) as callers:
         for name in (*MODULES, *OPTIONAL):
             try:
                 importlib.import_module(name)
@@ -175,50 +176,70 @@ def _thread_names() -> list[str]:
     return []
 
 
-@contextmanager
-def _asked_through_nvml(cuda: Any) -> Iterator[list[str]]:
-    """Answer what imports ask of a GPU without CUDA, and note the lines of those that initialize it all the same.
+@dataclass(frozen=True)
+class Gpus:
+    """What a process that was forked to look at the GPUs, and has ended, saw of them."""
 
-    torchao asks for its capability and, through `has_triton`, for its properties.
+    count: int
+    """GPUs that torch sees."""
+    capability: tuple[int, int] | None
+    """Compute capability of the first; None without a GPU."""
+
+
+@contextmanager
+def _told_of_gpus(cuda: Any) -> Iterator[list[str]]:
+    """Answer what imports ask of a GPU without touching one, and note the lines that initialize CUDA all the same.
+
+    hqq asks whether there is a GPU, torchao for its capability and, through `has_triton`, for its properties.
+    NVML would do for the answers, but it starts a thread in this process (CUDA 13).
     """
     from torch.utils import _triton
 
-    asked, initialize, callers = cuda.get_device_capability, cuda._lazy_init, list[str]()
-    triton = _triton.has_triton
-    capability = _capability_without_cuda() if cuda.is_available() else None
+    found, callers, initialize = _gpus(), list[str](), cuda._lazy_init
+    usable = found.capability is not None and found.capability >= (7, 0) and _triton.has_triton_package()
+    answers: dict[tuple[Any, str], Callable[..., Any]] = {
+        (cuda, "is_available"): lambda: found.count > 0,
+        (cuda, "device_count"): lambda: found.count,
+        (_triton, "has_triton"): lambda: usable,
+    }
+    if found.capability is not None:
+        answers[cuda, "get_device_capability"] = lambda *device: found.capability
 
     def noted() -> None:
         callers.extend(f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_stack()[:-1])
         initialize()
 
-    if capability is not None:
-        cuda.get_device_capability = lambda device=None: capability
-        usable = capability >= (7, 0) and _triton.has_triton_package()
-        _triton.has_triton = lambda: usable  # type: ignore[assignment]
-    cuda._lazy_init = noted
+    before = {(module, name): getattr(module, name) for module, name in (*answers, (cuda, "_lazy_init"))}
+    for (module, name), answer in {**answers, (cuda, "_lazy_init"): noted}.items():
+        setattr(module, name, answer)
     try:
         yield callers
     finally:
-        cuda.get_device_capability, cuda._lazy_init, _triton.has_triton = asked, initialize, triton
+        for (module, name), answer in before.items():
+            setattr(module, name, answer)
 
 
-def _capability_without_cuda() -> tuple[int, int] | None:
-    """The compute capability of this machine's GPUs, from NVML; None where it cannot say or they differ.
+def _gpus() -> Gpus:
+    """The GPUs as torch sees them, looked at in a process of their own, which no fork needs to survive."""
+    reads, writes = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with suppress(BaseException):
+            os.write(writes, json.dumps(_seen_by_torch()).encode())
+        os._exit(0)
+    os.close(writes)
+    with os.fdopen(reads) as told:
+        said = told.read()
+    os.waitpid(pid, 0)
+    count, capability = json.loads(said or "[0, null]")
+    return Gpus(count, tuple(capability) if capability else None)
 
-    No fork survives the way in which torch finds it.
-    """
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        found = {tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)) for handle in handles}
-        pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return None
-    return found.pop() if len(found) == 1 else None
+
+def _seen_by_torch() -> tuple[int, tuple[int, int] | None]:
+    import torch
+
+    count = torch.cuda.device_count()
+    return count, torch.cuda.get_device_capability() if count else None
 
 
 def _fork(request: dict[str, str], channel: Any) -> int:

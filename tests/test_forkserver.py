@@ -20,15 +20,12 @@ from lbi.forkserver import ForkServer
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forking is used on Linux only")
 
 PRETENDED = """
-import sys, types
-sys.modules["pynvml"] = types.SimpleNamespace(
-    NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetCount=lambda: 1,
-    nvmlDeviceGetHandleByIndex=lambda index: index, nvmlDeviceGetCudaComputeCapability=lambda handle: (9, 0))
 import torch
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
 torch._C._cuda_getCurrentRawStream = lambda device: 0
 begun = []
 torch.cuda._lazy_init = lambda: begun.append(1)
+torch.cuda.get_device_capability = lambda device=None: torch.cuda._lazy_init() or (9, 0)
 torch.cuda.is_initialized = lambda: bool(begun)
 from lbi import forkserver
 print(forkserver._import_all())

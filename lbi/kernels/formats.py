@@ -5,7 +5,8 @@ interleaved without unpacking: q, k and v become one matrix, gate and up another
 
 8, 4 and 2 bits: an int32 word holds 4, 8 or 16 consecutive weights, the first of each pair in its
 lower half and the second as far up in its upper half: one and takes two weights out, as a pair of
-16-bit numbers, which is how the tensor cores want them (device/packed.py). Four words, the 16 bytes
+16-bit numbers, which is how the tensor cores want them (device/packed.py). The pairs follow each
+other upwards, but for 2 bits, where four weights in a row are those that one plane has. Four words, the 16 bytes
 that a GPU thread loads at once, belong to one group. Codes are unsigned, for they become floats by
 being put into a mantissa.
 """
@@ -16,6 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+
+PAIRS = {8: (0, 1), 4: (0, 1, 2, 3), 2: (0, 2, 1, 3, 4, 6, 5, 7)}
+"""Bits, and which pair of a word's weights lies in each place of a half; a place's pair lies in the pair's place."""
 
 WORDS = 4
 """Words of which a row, and a group, has a multiple: 16 bytes."""
@@ -73,7 +77,7 @@ def positions(bits: int, inputs: int) -> torch.Tensor:
     """(words, fields): which of a row's weights each field of each word holds."""
     fields = 32 // bits
     field = torch.arange(fields)
-    within = field % (fields // 2) * 2 + field // (fields // 2)
+    within = torch.tensor(PAIRS[bits])[field % (fields // 2)] * 2 + field // (fields // 2)
     return torch.arange(0, inputs, fields)[:, None] + within
 
 
@@ -86,7 +90,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if inputs % (WORDS * 32 // bits):
         raise ValueError(f"{inputs} inputs are not a multiple of {WORDS * 32 // bits}, four words of {bits} bits")
     # (rows, words, fields): by `positions`, the second weights of pairs lie behind the first ones.
-    fields = codes.reshape(rows, -1, 16 // bits, 2).transpose(2, 3).reshape(rows, -1, 32 // bits)
+    pairs = codes.reshape(rows, -1, 16 // bits, 2)[:, :, PAIRS[bits]]
+    fields = pairs.transpose(2, 3).reshape(rows, -1, 32 // bits)
     words = torch.zeros(rows, fields.shape[1], dtype=torch.int32, device=codes.device)
     for field in range(fields.shape[2]):
         words |= fields[:, :, field].to(torch.int32) << (bits * field)
@@ -96,7 +101,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """The codes that `pack` was given, (rows, inputs) uint8."""
     fields = torch.stack([(words >> low & (2**bits - 1)).to(torch.uint8) for low in range(0, 32, bits)], dim=-1)
-    return fields.view(*words.shape, 2, -1).transpose(2, 3).reshape(words.shape[0], -1)
+    pairs = fields.view(*words.shape, 2, -1).transpose(2, 3)
+    return pairs[:, :, PAIRS[bits]].reshape(words.shape[0], -1)
 
 
 def stacked(parts: Sequence[Packed]) -> Packed:

@@ -142,7 +142,10 @@ def dequantize_kernel(
     else:
         # Weights of a word in their order; formats.py says where each lies.
         k = tl.arange(0, FIELDS)
-        shift = BITS * (k // 2 + k % 2 * (FIELDS // 2))
+        pair = k // 2
+        if BITS == 2:
+            pair = pair & 4 | (pair & 1) << 1 | pair >> 1 & 1
+        shift = BITS * (pair + k % 2 * (FIELDS // 2))
         codes = (words[:, :, None] >> shift[None, None, :] & (2**BITS - 1)).to(tl.float32)
         if Z < 0:
             zero = tl.load(zeros + where, mask=inside, other=0.0).to(tl.float32)

@@ -64,21 +64,36 @@ def _two(
 
 
 @triton.jit
+def _laid_out(of_words, BITS: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, WG: tl.constexpr):
+    """(B, BN, inputs) of a plane, from (B, BN, WG, pairs of a word, 2).
+
+    `mma.sync` as Triton feeds it takes two pairs from a thread, sixteen inputs apart: these are neighbours of one
+    word, whose inputs then come by one load, in registers that lie side by side.
+    """
+    if BITS == 8:
+        made = tl.reshape(of_words, (B, BN, WG // 8, 2, 4, 2, 2))
+        made = tl.reshape(tl.permute(made, (0, 1, 2, 5, 4, 3, 6)), (B, BN, 4 * WG))
+    else:
+        made = tl.reshape(of_words, (B, BN, WG // 4, 4, 2, 2, 2))
+        made = tl.reshape(tl.permute(made, (0, 1, 2, 4, 3, 5, 6)), (B, BN, 8 * WG))
+    return made
+
+
+@triton.jit
 def _weights(
     words, PLANE: tl.constexpr, BITS: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, WG: tl.constexpr,
     kind: tl.constexpr,
 ):  # fmt: skip
-    """(B, BN, inputs) of a plane of words (B, BN, WG): by half of a word, word, pair and weight of the pair."""
+    """(B, BN, inputs) of a plane of words (B, BN, WG), in the order of `_laid_out`."""
     if BITS == 8:
         low, high = _two(words, 4 * PLANE, 4 * PLANE + 8, 0, 16 if PLANE == 1 else 1, 4, kind)
-        made = tl.reshape(tl.join(low, high), (B, BN, 4 * WG))
+        made = tl.join(low, high)
     else:
         AT: tl.constexpr = PLANE * BITS
-        low_0, high_0 = _two(words, AT, AT + 8, AT, 1, BITS, kind)
-        low_1, high_1 = _two(words, AT + 4, AT + 12, AT, 1, BITS, kind)
-        halves = tl.join(tl.join(low_0, low_1), tl.join(high_0, high_1))
-        made = tl.reshape(tl.permute(halves, (0, 1, 3, 2, 4, 5)), (B, BN, 8 * WG))
-    return made
+        low_0, high_0 = _two(words, AT, AT + 4, AT, 1, BITS, kind)
+        low_1, high_1 = _two(words, AT + 8, AT + 12, AT, 1, BITS, kind)
+        made = tl.join(tl.join(low_0, low_1), tl.join(high_0, high_1))
+    return _laid_out(made, BITS, B, BN, WG)
 
 
 @triton.jit
@@ -97,11 +112,10 @@ def _ones(words, BITS: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, WG: tl.c
                 dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
             )  # fmt: skip
         two = tl.join(low, high)
-        if BITS == 8:
-            made = tl.reshape(tl.join(two, two), (B, BN, INPUTS))
-        else:
-            halves = tl.join(tl.join(two, two), tl.join(two, two))
-            made = tl.reshape(tl.permute(halves, (0, 1, 3, 2, 4, 5)), (B, BN, INPUTS))
+        made = tl.join(two, two)
+        if BITS != 8:
+            made = tl.join(made, made)
+        made = _laid_out(made, BITS, B, BN, WG)
     else:
         made = tl.full((B, BN, INPUTS), 1.0, kind)
     return made
@@ -126,19 +140,21 @@ def _tokens(x, at, k, M, K: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr
 def _ordered(
     inputs, PLANE: tl.constexpr, BITS: tl.constexpr, B: tl.constexpr, WG: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """(B, inputs, columns) in the order of `_weights`: what a plane's weights are multiplied by."""
+    """(B, inputs, columns) in the order of `_laid_out`: what a plane's weights are multiplied by."""
     C: tl.constexpr = 1 if COLS == 0 else COLS
-    HALVES: tl.constexpr = 1 if BITS == 8 else 2
-    PLANES: tl.constexpr = 2 if BITS == 2 else 1
-    parts = tl.reshape(inputs, (B, WG, HALVES, 2, PLANES, 2, C))
-    parts = tl.permute(parts, (0, 2, 1, 3, 5, 6, 4))
-    if PLANES == 2:
-        one, other = tl.split(parts)
-        chosen = one if PLANE == 0 else other
+    INPUTS: tl.constexpr = WG * (4 if BITS == 8 else 8)
+    if BITS == 8:
+        chosen = tl.reshape(inputs, (B, WG // 8, 2, 4, 2, 2, C))
+        chosen = tl.permute(chosen, (0, 1, 4, 3, 2, 5, 6))
+    elif BITS == 4:
+        chosen = tl.reshape(inputs, (B, WG // 4, 4, 2, 2, 2, C))
+        chosen = tl.permute(chosen, (0, 1, 4, 2, 3, 5, 6))
     else:
-        chosen = parts
-    chosen = tl.reshape(chosen, (B, HALVES * WG * 4, C))
-    return tl.broadcast_to(chosen, (B, HALVES * WG * 4, 8)) if COLS == 0 else chosen
+        parts = tl.reshape(inputs, (B, WG // 4, 4, 2, 2, 2, 2, C))
+        one, other = tl.split(tl.permute(parts, (0, 1, 5, 2, 3, 6, 7, 4)))
+        chosen = one if PLANE == 0 else other
+    chosen = tl.reshape(chosen, (B, INPUTS, C))
+    return tl.broadcast_to(chosen, (B, INPUTS, 8)) if COLS == 0 else chosen
 
 
 @triton.jit
@@ -175,7 +191,7 @@ def _planes_alone(inputs, k, BITS: tl.constexpr):
     """
     wide = inputs.to(tl.float32)
     if BITS == 2:
-        is_second = (k & 2)[None, :] != 0
+        is_second = (k & 4)[None, :] != 0
         first, second = tl.where(is_second, 0.0, wide), tl.where(is_second, wide, 0.0)
     else:
         first, second = wide, wide
