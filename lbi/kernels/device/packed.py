@@ -489,7 +489,7 @@ def packed_products(
     kind: tl.constexpr = x.dtype.element_ty if PTX else tl.float32
     if PDL and STEPS > 1:
         _prefetch(data, n, N, WIDTH, min(8, triton.next_power_of_2(triton.cdiv(WIDTH, 32))))
-    if COLS > 0 or B * UNIT % GROUP and GROUP < K:
+    if COLS > 0 or (B * UNIT % GROUP and GROUP < K):
         if PDL:
             tl.extra.cuda.gdc_wait()
         made = _many_tokens(
