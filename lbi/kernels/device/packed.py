@@ -184,6 +184,21 @@ def _too_much(first, second, zero, BITS: tl.constexpr, kind: tl.constexpr):
 
 
 @triton.jit
+def _planes_alone(inputs, k, BITS: tl.constexpr):
+    """Inputs (B, UNIT), float32, with 0 for those of the second plane, and the others alike; all, twice, of one plane.
+
+    8 bits have two planes of the same inputs.
+    """
+    wide = inputs.to(tl.float32)
+    if BITS == 2:
+        is_second = (k & 4)[None, :] != 0
+        first, second = tl.where(is_second, 0.0, wide), tl.where(is_second, wide, 0.0)
+    else:
+        first, second = wide, wide
+    return first, second
+
+
+@triton.jit
 def _input_sums(
     words, inputs, PLANE: tl.constexpr, BITS: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, WG: tl.constexpr,
     COLS: tl.constexpr, kind: tl.constexpr,
@@ -239,49 +254,6 @@ def _of_groups(values, n, at, N, K: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.
 
 
 @triton.jit
-def _part_of_groups(values, n, at, N, K: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr):
-    """`_of_groups`, in loads of 16 rows."""
-    if BN == 32:
-        low, high = tl.split(tl.permute(tl.reshape(n, (2, 16)), (1, 0)))
-        low = _of_groups(values, low, at, N, K, GROUP, UNIT)
-        high = _of_groups(values, high, at, N, K, GROUP, UNIT)
-        found = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (at.shape[0], BN))
-    else:
-        found = _of_groups(values, n, at, N, K, GROUP, UNIT)
-    return found
-
-
-@triton.jit
-def _where_they_meet(
-    values, n, start, N, K: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, B: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
-    """(B, BN) float32, as `_of_groups` of batches `start` to `start + B`, loaded by the threads that have the sums.
-
-    Triton lets a load that has fewer elements than the program has threads be repeated in any layout; a larger one
-    goes through shared memory, with barriers.
-    """
-    WARPS: tl.constexpr = tl.extra.cuda.num_warps() if PTX else 4
-    H: tl.constexpr = min(B, WARPS)
-    h = start + tl.arange(0, H)
-    if B == H:
-        found = _part_of_groups(values, n, h, N, K, GROUP, UNIT, BN)
-    elif B == 2 * H:
-        one = _part_of_groups(values, n, h, N, K, GROUP, UNIT, BN)
-        two = _part_of_groups(values, n, h + H, N, K, GROUP, UNIT, BN)
-        found = tl.reshape(tl.permute(tl.join(one, two), (2, 0, 1)), (B, BN))
-    elif B == 4 * H:
-        one = _part_of_groups(values, n, h, N, K, GROUP, UNIT, BN)
-        two = _part_of_groups(values, n, h + H, N, K, GROUP, UNIT, BN)
-        three = _part_of_groups(values, n, h + 2 * H, N, K, GROUP, UNIT, BN)
-        four = _part_of_groups(values, n, h + 3 * H, N, K, GROUP, UNIT, BN)
-        both = tl.join(tl.join(one, three), tl.join(two, four))
-        found = tl.reshape(tl.permute(both, (2, 3, 0, 1)), (B, BN))
-    else:
-        found = _of_groups(values, n, start + tl.arange(0, B), N, K, GROUP, UNIT)
-    return found
-
-
-@triton.jit
 def _input_weights(k, BITS: tl.constexpr, Z: tl.constexpr, kind: tl.constexpr):
     """(K, 8) of `kind`: what `_too_much` has of each input, and in every second column what zeros multiply.
 
@@ -296,56 +268,37 @@ def _input_weights(k, BITS: tl.constexpr, Z: tl.constexpr, kind: tl.constexpr):
 
 
 @triton.jit
-def _stretches(
-    x, weights, first, LENGTH: tl.constexpr, G: tl.constexpr, COUNT: tl.constexpr, K: tl.constexpr,
-    EVEN: tl.constexpr, kind: tl.constexpr,
-):  # fmt: skip
-    """(G,) twice: the inputs of stretches from `first` on times either column of `weights`; 0 from COUNT on."""
-    g = tl.arange(0, G)
-    where = (first + g)[:, None] * LENGTH + tl.arange(0, LENGTH)[None, :]
-    if EVEN and COUNT >= G:
-        inputs = tl.load(x + where)
-    else:
-        inputs = tl.load(x + where, mask=(g < COUNT)[:, None] & (where < K), other=0.0)
-    summed = tl.dot(inputs.to(kind), weights, input_precision="ieee")
-    off, of_zero = tl.split(tl.reshape(summed, (G, 4, 2)))
-    return tl.max(off, axis=1), tl.max(of_zero, axis=1)
-
-
-@triton.jit
 def _offset(
-    x, scales, zeros, n, N, first,
+    x, scales, zeros, n, N, group,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, Z: tl.constexpr, BN: tl.constexpr,
-    INPUTS: tl.constexpr, EVEN: tl.constexpr, kind: tl.constexpr,
+    COUNT: tl.constexpr, EVEN: tl.constexpr, kind: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """(BN,) float32: what the offsets of codes and their zeros add to the products with INPUTS inputs from `first` on.
+    """(BN,) float32: sum over COUNT groups, from `group` on, of scale * `_too_much`. Sums of inputs are a product too.
 
-    Sums of inputs are a product too, of all groups at once. Scales are in it only where there are groups.
+    Its scales and zeros are asked for before the inputs are waited for.
     """
-    LENGTH: tl.constexpr = GROUP if GROUP < K else 64
-    COUNT: tl.constexpr = triton.cdiv(INPUTS, LENGTH)
-    G: tl.constexpr = max(16, min(triton.next_power_of_2(COUNT), triton.next_power_of_2(4096 // LENGTH)))
-    weights = _input_weights(tl.arange(0, LENGTH), BITS, Z, kind)
-    found = tl.zeros((BN,), tl.float32)
-    zero = 0.0
-    if GROUP == K and Z < 0:
-        zero = tl.load(zeros + n, mask=n < N, other=0.0).to(tl.float32)
-    for part in tl.static_range(0, COUNT, G):
-        at = first // LENGTH + part
-        off, of_zero = _stretches(x, weights, at, LENGTH, G, COUNT - part, K, EVEN, kind)
-        if GROUP < K:
-            g = tl.arange(0, G)
-            where = n[:, None] * (K // GROUP) + (at + g)[None, :]
-            within = (n < N)[:, None] & ((g < COUNT - part) & (at + g < K // GROUP))[None, :]
-            off = off[None, :]
-            if Z < 0:
-                off += tl.load(zeros + where, mask=within, other=0.0).to(tl.float32) * of_zero[None, :]
-            found += tl.sum(off * tl.load(scales + where, mask=within, other=0.0).to(tl.float32), axis=1)
-        else:
-            found += tl.sum(off, axis=0)
-            if Z < 0:
-                found += zero * tl.sum(of_zero, axis=0)
-    return found
+    G: tl.constexpr = max(16, triton.next_power_of_2(COUNT))
+    k = tl.arange(0, GROUP)
+    g = group + tl.arange(0, G)
+    inside = (tl.arange(0, G) < COUNT) & (g < K // GROUP)
+    at = n[:, None] * (K // GROUP) + g[None, :]
+    within = (n < N)[:, None] & inside[None, :]
+    scale = tl.load(scales + at, mask=within, other=0.0)
+    if Z < 0:
+        zero = tl.load(zeros + at, mask=within, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    where = x + g[:, None] * GROUP + k[None, :]
+    if EVEN and COUNT == G:
+        inputs = tl.load(where)
+    else:
+        inputs = tl.load(where, mask=inside[:, None], other=0.0)
+    summed = tl.dot(inputs.to(kind), _input_weights(k, BITS, Z, kind), input_precision="ieee")
+    off, of_zero = tl.split(tl.reshape(summed, (G, 4, 2)))
+    off = tl.max(off, axis=1)[None, :]
+    if Z < 0:
+        off += zero.to(tl.float32) * tl.max(of_zero, axis=1)[None, :]
+    return tl.sum(off * scale.to(tl.float32), axis=1)
 
 
 @triton.jit
@@ -366,13 +319,13 @@ def _prefetch(data, n, N, WIDTH: tl.constexpr, LINES: tl.constexpr):
 
 
 @triton.jit
-def _many_tokens(
+def _in_steps(
     x, data, scales, zeros, n, N, M, first,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, Z: tl.constexpr, BN: tl.constexpr,
     STEPS: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr, B: tl.constexpr, WG: tl.constexpr,
-    kind: tl.constexpr,
+    kind: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """See `packed_products`: each batch with its own sums of inputs."""
+    """(BN, columns) float32, see `packed_products`: words come through shared memory, some steps ahead."""
     FIELDS: tl.constexpr = 32 // BITS
     UNIT: tl.constexpr = WG * FIELDS
     b, w, k = tl.arange(0, B), tl.arange(0, WG), tl.arange(0, UNIT)
@@ -385,88 +338,82 @@ def _many_tokens(
             zero = _of_groups(zeros, n, first * B + b, N, K, GROUP, UNIT)
     elif Z < 0:
         zero = tl.load(zeros + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    for step in range(STEPS):
-        at = (first + step) * B + b
-        words = _words(rows, at, w, n, N, WG, K // FIELDS, EVEN)
-        inputs = _tokens(x, at, k, M, K, UNIT, COLS, EVEN).to(kind)
-        found = _sums(words, inputs, zero if Z >= 0 else zero[:, :, None], BITS, B, BN, WG, COLS, kind)
-        if GROUP < K:
-            acc += found * scale[:, :, None]
-            # A step ahead: they are too small to come with the words.
-            scale = _of_groups(scales, n, at + B, N, K, GROUP, UNIT)
-            if Z < 0:
-                zero = _of_groups(zeros, n, at + B, N, K, GROUP, UNIT)
-        else:
-            acc += found
-    made = tl.sum(acc, axis=0)
-    if GROUP == K:
-        made *= tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    return made
+    if PDL:
+        _prefetch(data, n, N, K // FIELDS, min(8, triton.next_power_of_2(triton.cdiv(K // FIELDS, 32))))
+        tl.extra.cuda.gdc_wait()
+    if GROUP == K and COLS == 0:
+        one = tl.zeros((B, UNIT), tl.float32)
+        other = tl.zeros((B, UNIT), tl.float32)
+        for step in range(STEPS):
+            at = (first + step) * B + b
+            words = _words(rows, at, w, n, N, WG, K // FIELDS, EVEN)
+            inputs = _tokens(x, at, k, M, K, UNIT, COLS, EVEN).to(kind)
+            acc = _coded(words, inputs, acc, BITS, B, BN, WG, COLS, kind)
+            more, others = _planes_alone(inputs, k, BITS)
+            one += more
+            other += others
+        off = _too_much(tl.sum(one, axis=1)[:, None], tl.sum(other, axis=1)[:, None], zero, BITS, kind)
+        acc -= off[:, :, None]
+    else:
+        for step in range(STEPS):
+            at = (first + step) * B + b
+            words = _words(rows, at, w, n, N, WG, K // FIELDS, EVEN)
+            inputs = _tokens(x, at, k, M, K, UNIT, COLS, EVEN).to(kind)
+            found = _sums(words, inputs, zero if Z >= 0 else zero[:, :, None], BITS, B, BN, WG, COLS, kind)
+            if GROUP < K:
+                acc += found * scale[:, :, None]
+                # A step ahead: they are too small to come with the words.
+                scale = _of_groups(scales, n, at + B, N, K, GROUP, UNIT)
+                if Z < 0:
+                    zero = _of_groups(zeros, n, at + B, N, K, GROUP, UNIT)
+            else:
+                acc += found
+    return tl.sum(acc, axis=0)
 
 
 @triton.jit
-def _one_token(
+def _at_once(
     x, data, scales, zeros, n, N, first,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, Z: tl.constexpr, BN: tl.constexpr,
-    STEPS: tl.constexpr, EVEN: tl.constexpr, B: tl.constexpr, WG: tl.constexpr, kind: tl.constexpr,
-    PDL: tl.constexpr,
+    EVEN: tl.constexpr, B: tl.constexpr, WG: tl.constexpr, kind: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """(BN,) float32, see `packed_products`. What the codes' offsets add is taken off at the end, a row at once.
+    """(BN, columns) float32, see `packed_products`, for one token and words that fit the registers.
 
-    Where the row fits the registers, all of it is loaded before the inputs are there: what is left to do then takes
-    no memory's time.
+    All of them are loaded before the inputs are there: what is left to do then takes no memory's time.
     """
     FIELDS: tl.constexpr = 32 // BITS
     UNIT: tl.constexpr = WG * FIELDS
     b, w, k = tl.arange(0, B), tl.arange(0, WG), tl.arange(0, UNIT)
     rows = data + n[None, :, None].to(tl.int64) * (K // FIELDS)
     nothing = tl.zeros((B, BN, 8), tl.float32)
-    if GROUP < K:
-        scale = _where_they_meet(scales, n, first * B, N, K, GROUP, UNIT, B, BN)
-        if STEPS == 1:
-            words = _words(rows, first * B + b, w, n, N, WG, K // FIELDS, EVEN)
-            if PDL:
-                tl.extra.cuda.gdc_wait()
-            inputs = _tokens(x, first * B + b, k, 1, K, UNIT, 0, EVEN).to(kind)
-            acc = _halved(_coded(words, inputs, nothing, BITS, B, BN, WG, 0, kind), B, BN) * scale[:, :, None]
-        else:
-            if PDL:
-                tl.extra.cuda.gdc_wait()
-            acc = tl.zeros((B, BN, 4), tl.float32)
-            for step in range(STEPS):
-                at = (first + step) * B + b
-                words = _words(rows, at, w, n, N, WG, K // FIELDS, EVEN)
-                inputs = _tokens(x, at, k, 1, K, UNIT, 0, EVEN).to(kind)
-                found = _halved(_coded(words, inputs, nothing, BITS, B, BN, WG, 0, kind), B, BN)
-                acc += found * scale[:, :, None]
-                # A step ahead: they are too small to come with the words.
-                scale = _where_they_meet(scales, n, (first + step + 1) * B, N, K, GROUP, UNIT, B, BN)
-        made = tl.sum(tl.sum(acc, axis=0), axis=1) / 4
-        made -= _offset(
-            x, scales, zeros, n, N, first * B * UNIT, K, BITS, GROUP, Z, BN, STEPS * B * UNIT, EVEN, kind
+    words = _words(rows, first * B + b, w, n, N, WG, K // FIELDS, EVEN)
+    if GROUP < K and B * UNIT % GROUP == 0:
+        scale = _of_groups(scales, n, first * B + b, N, K, GROUP, UNIT)
+        COUNT: tl.constexpr = B * UNIT // GROUP
+        off = _offset(
+            x, scales, zeros, n, N, first * B * UNIT // GROUP, K, BITS, GROUP, Z, BN, COUNT, EVEN, kind, PDL
         )  # fmt: skip
+        inputs = _tokens(x, first * B + b, k, 1, K, UNIT, 0, EVEN).to(kind)
+        acc = _halved(_coded(words, inputs, nothing, BITS, B, BN, WG, 0, kind), B, BN) * scale[:, :, None]
+        made = tl.sum(acc, axis=0) - off[:, None]
     else:
-        if STEPS == 1:
-            words = _words(rows, first * B + b, w, n, N, WG, K // FIELDS, EVEN)
-            if PDL:
-                tl.extra.cuda.gdc_wait()
-            inputs = _tokens(x, first * B + b, k, 1, K, UNIT, 0, EVEN).to(kind)
-            acc = _coded(words, inputs, nothing, BITS, B, BN, WG, 0, kind)
-        else:
-            if PDL:
-                tl.extra.cuda.gdc_wait()
-            acc = nothing
-            for step in range(STEPS):
-                at = (first + step) * B + b
-                words = _words(rows, at, w, n, N, WG, K // FIELDS, EVEN)
-                inputs = _tokens(x, at, k, 1, K, UNIT, 0, EVEN).to(kind)
-                acc = _coded(words, inputs, acc, BITS, B, BN, WG, 0, kind)
-        # Eight columns of one token: a power of two of equal values adds up exactly.
-        made = tl.sum(tl.sum(acc, axis=0), axis=1) / 8
-        made -= _offset(
-            x, scales, zeros, n, N, first * B * UNIT, K, BITS, GROUP, Z, BN, STEPS * B * UNIT, EVEN, kind
-        )  # fmt: skip
-        made *= tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)
+        zero = 1.0 * Z
+        if GROUP < K:
+            scale = _of_groups(scales, n, first * B + b, N, K, GROUP, UNIT)
+            if Z < 0:
+                zero = _of_groups(zeros, n, first * B + b, N, K, GROUP, UNIT)
+        elif Z < 0:
+            zero = tl.load(zeros + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        inputs = _tokens(x, first * B + b, k, 1, K, UNIT, 0, EVEN).to(kind)
+        one, other = _planes_alone(inputs, k, BITS)
+        ones, others = tl.sum(one, axis=1)[:, None], tl.sum(other, axis=1)[:, None]
+        acc = _coded(words, inputs, nothing, BITS, B, BN, WG, 0, kind)
+        acc -= _too_much(ones, others, zero, BITS, kind)[:, :, None]
+        if GROUP < K:
+            acc *= scale[:, :, None]
+        made = tl.sum(acc, axis=0)
     return made
 
 
@@ -477,28 +424,20 @@ def packed_products(
     BN: tl.constexpr, BW: tl.constexpr, STEPS: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """(BN, COLS) float32: rows `n` times each of `M` tokens of `x`; (BN, 1), for one token and COLS 0.
+    """(BN, COLS) float32: rows `n` times each of `M` tokens of `x`; (BN, 8 or 4), all alike, for one token and COLS 0.
 
     `STEPS` steps of `BW` words from step `first` on; what lies beyond a row's end counts nothing.
     """
-    WIDTH: tl.constexpr = K * BITS // 32
     FIELDS: tl.constexpr = 32 // BITS
     WG: tl.constexpr = 16 if GROUP == K or GROUP // FIELDS >= 16 else GROUP // FIELDS
-    UNIT: tl.constexpr = WG * FIELDS
     B: tl.constexpr = BW // WG
     kind: tl.constexpr = x.dtype.element_ty if PTX else tl.float32
-    if PDL and STEPS > 1:
-        _prefetch(data, n, N, WIDTH, min(8, triton.next_power_of_2(triton.cdiv(WIDTH, 32))))
-    if COLS > 0 or (B * UNIT % GROUP and GROUP < K):
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        made = _many_tokens(
-            x, data, scales, zeros, n, N, M, first, K, BITS, GROUP, Z, BN, STEPS, COLS, EVEN, B, WG, kind
-        )  # fmt: skip
-        if COLS == 0:
-            made = tl.sum(made, axis=1)[:, None] / 8
+    if STEPS == 1 and COLS == 0:
+        made = _at_once(x, data, scales, zeros, n, N, first, K, BITS, GROUP, Z, BN, EVEN, B, WG, kind, PDL)
     else:
-        made = _one_token(
-            x, data, scales, zeros, n, N, first, K, BITS, GROUP, Z, BN, STEPS, EVEN, B, WG, kind, PDL
-        )[:, None]  # fmt: skip
+        made = _in_steps(
+            x, data, scales, zeros, n, N, M, first, K, BITS, GROUP, Z, BN, STEPS, COLS, EVEN, B, WG, kind, PDL
+        )  # fmt: skip
+    if GROUP == K:
+        made *= tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     return made
