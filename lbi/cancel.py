@@ -7,8 +7,9 @@ leaves the named cells out.
 from __future__ import annotations
 
 from lbi.errors import ClusterError, InputError
+from lbi.executors import pools
 from lbi.executors.reconcile import Ending, publish
-from lbi.executors.scheduler import Scheduler
+from lbi.executors.sky import Sky
 from lbi.executors.slurm_job import cancelled_file, cancelled_runs
 from lbi.files import write_json
 from lbi.store import SCHEMA, Store
@@ -16,22 +17,33 @@ from lbi.submissions import CellRef, Submissions, UnitJob
 from lbi.sweep_folder import environments, find_result
 
 
-def cancel(store: Store, sweep: str, part: str | None) -> int:
-    """Cancel; 0 if something was. Raises `InputError` if nothing fits, `ClusterError` if SLURM does not answer."""
-    scheduler = Scheduler()
-    jobs = Submissions(store, sweep).jobs()
-    states = scheduler.jobs(job.job for job in jobs)
+def cancel(store: Store, sweep: str, part: str | None, down: bool = False) -> int:
+    """Cancel; 0 if something was. With `down` the sweep's rented machines are ended too.
+
+    Raises `InputError` if nothing fits, `ClusterError` if the queue does not answer.
+    """
+    jobs, queues = Submissions(store, sweep).jobs(), Submissions(store, sweep).queues()
+    states = queues.jobs(job.job for job in jobs)
+    if states is None and down:
+        # Machines cost money whether or not the queue answers.
+        _end_pools(store, sweep)
     if states is None:
-        raise ClusterError("SLURM's controller does not answer; nothing was cancelled")
+        raise ClusterError(f"{queues.name} does not answer; nothing was cancelled")
     living = [job for job in jobs if not states[job.job].ended]
     still = {job.job: _open(store, sweep, job) for job in living}
     chosen = {job: [cell for cell in cells if part is None or part in cell.name] for job, cells in still.items()}
+    if down and not any(chosen.values()):
+        return _end_pools(store, sweep)
     if not any(chosen.values()):
         out = "A sweep on this machine is stopped with Ctrl-C where it runs"
         raise InputError("sweep", sweep, f"has no queued or running cell{f' like {part}' if part else ''}", out)
+    rented = [job.job for job in living if job.cluster.get("kind") == "sky" and chosen[job.job]]
+    if part is not None and any(chosen[job] != still[job] for job in rented):
+        out = "Cancel it whole, and give the command again without these cells"
+        raise InputError("filter", part, "a rented machine's job cannot be told to leave cells out", out)
     whole = [job for job in living if chosen[job.job] and chosen[job.job] == still[job.job]]
-    if whole and not scheduler.cancel([job.job for job in whole]):
-        raise ClusterError("SLURM did not take the cancellation; see squeue")
+    if whole and not queues.cancel([job.job for job in whole]):
+        raise ClusterError("The cancellation was not taken; see squeue or sky jobs queue")
     for job in living:
         if chosen[job.job] and job not in whole:
             _note(job, chosen[job.job])
@@ -40,6 +52,25 @@ def cancel(store: Store, sweep: str, part: str | None) -> int:
     cells = sum(len(cells) for cells in chosen.values())
     parts = sum(bool(chosen[job.job]) for job in living) - len(whole)
     print(f"Cancelled {cells} cells: {len(whole)} jobs ended, {parts} go on with their other cells.")
+    return _end_pools(store, sweep) if down else 0
+
+
+def _end_pools(store: Store, sweep: str) -> int:
+    """End the machines that a sweep has rented."""
+    records = pools.up(store, sweep)
+    if not records:
+        print(f"No pool of {sweep} is up, as far as this store knows.")
+        return 0
+    problems = []
+    for record in records:
+        try:
+            Sky(record.command).down(record.name)
+            record.downed()
+            print(f"Ended the pool {record.name}")
+        except ClusterError as error:
+            problems.append(f"THE POOL {record.name} MAY STILL COST MONEY: {error}")
+    if problems:
+        raise ClusterError("; ".join(problems))
     return 0
 
 

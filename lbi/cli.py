@@ -6,6 +6,7 @@
     python -m lbi recipe RUN                             a result as a script of its own
     python -m lbi trace RUN_A RUN_B                      which kernels cost the difference
     python -m lbi logs SWEEP CELL, cancel SWEEP [PART]   on a cluster
+    python -m lbi render k8s|cloud OVERRIDES             the files for Kubernetes or SkyPilot, nothing submitted
 
 Overrides always hold a `=`, so verbs and overrides cannot be confused. Exit codes:
 0 all ok, 1 some cells failed, 2 the request was wrong.
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from lbi import verbs
 
             return verbs.run(arguments[0], arguments[1:])
+        if arguments and arguments[0] == "render":
+            return _hydra(_rendering(arguments[1:]))
         if arguments and arguments[0] in ("-h", "--help"):
             from lbi.overview import text
 
@@ -40,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         word = next((item for item in arguments if "=" not in item and not item.startswith(("-", "~"))), None)
         if word is not None and not _is_value(arguments, word):
-            raise InputError("command", word, "is neither a verb nor an override", f"Verbs: {', '.join(VERBS)}")
+            raise InputError(
+                "command", word, "is neither a verb nor an override", f"Verbs: {', '.join((*VERBS, 'render'))}"
+            )
         return _hydra(arguments)
     except InputError as error:
         print(f"lbi: {error}", file=sys.stderr)
@@ -62,6 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+RENDERED = {
+    "k8s": ["hydra/launcher=lbi_k8s"],
+    "cloud": ["hydra/launcher=lbi_cloud", "hydra.launcher.dry_run=true"],
+}
+"""What `lbi render` can write, and the overrides that make a sweep of it."""
+
+
+def _rendering(arguments: Sequence[str]) -> list[str]:
+    """The request that writes a sweep's files for what the first word names."""
+    kind = arguments[0] if arguments else None
+    if kind not in RENDERED:
+        raise InputError("render", kind, "is nothing that lbi renders", f"There are: {', '.join(RENDERED)}")
+    return [*RENDERED[kind], *(item for item in arguments[1:] if item not in ("-m", "--multirun"))]
 
 
 def _is_value(arguments: Sequence[str], word: str) -> bool:

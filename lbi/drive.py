@@ -102,7 +102,7 @@ def _drive(request: Request, launcher: Any) -> int:
 def _plan(request: Request, launcher: Any) -> tuple[Store, Plan]:
     """The store and the plan. The store's path is the same for all cells, so the first cell names it."""
     if not hasattr(launcher, "executor"):
-        known = "Use hydra/launcher=lbi_local or lbi_slurm"
+        known = "Use hydra/launcher=lbi_local, lbi_slurm, lbi_cloud or lbi_k8s"
         raise InputError("hydra/launcher", type(launcher).__name__, "cannot run lbi's plan", known)
     started = time.perf_counter()
     cells = list(itertools.chain.from_iterable(request.composers()))

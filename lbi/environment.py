@@ -88,6 +88,21 @@ def key(device: str, slots: int = 1) -> dict[str, Any]:
     return {"device": device, **hardware, "packages": packages(), "lbi": lbi.__version__}
 
 
+def key_of(description: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """The key of the machine that `describe` described, for a result that came from elsewhere.
+
+    Raises `KeyError` or `IndexError` where the description lacks something.
+    """
+    if device == "cuda":
+        card = description["gpus"][0]
+        hardware: dict[str, Any] = {"gpu": card["name"], "driver": card["driver"]}
+    else:
+        hardware = {"cpu": description["cpu"], "cores": description["cores"]}
+        if description.get("slots", 1) > 1:
+            hardware["slots"] = description["slots"]
+    return {"device": device, **hardware, "packages": description["packages"], "lbi": description["lbi"]}
+
+
 def identify(device: str, slots: int = 1) -> str:
     """The env_id of this machine for runs on `device`, of which `slots` share a CPU."""
     return digest("env", key(device, slots))

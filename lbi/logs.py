@@ -7,6 +7,8 @@ from pathlib import Path
 
 from lbi.cells import find_cell
 from lbi.collect import Row, rows
+from lbi.executors.sky import Sky
+from lbi.files import write_text
 from lbi.store import Store
 from lbi.submissions import Submissions
 
@@ -42,6 +44,11 @@ def _log(store: Store, sweep: str, row: Row) -> Path | None:
     if row["folder"] and own.exists():
         return own
     jobs = [job for job in Submissions(store, sweep).jobs() if any(c.run_id == row["run_id"] for c in job.cells)]
+    if jobs and jobs[-1].cluster.get("kind") == "sky":
+        # The log of a rented machine is where it is until somebody asks for it.
+        text = Sky(jobs[-1].cluster["command"]).logs([jobs[-1].job])[jobs[-1].job]
+        if text is not None:
+            write_text(jobs[-1].log, text)
     return next((job.log for job in reversed(jobs) if job.log.exists()), None)
 
 

@@ -18,8 +18,10 @@ from lbi.config import LbiConfig, ResourcesConfig
 from lbi.files import BadFile, read_json, write_json
 from lbi.identity import digest
 from lbi.store import SCHEMA, Store
+from lbi.typed import plain
 
 CLASS_KNOBS = ("gpu_type", "partition", "constraint", "container")
+RENTED_KNOBS = ("gpu_type", "gpu_candidates", "clouds", "image")
 """Knobs of the resources that decide which hardware and software a job finds."""
 
 
@@ -62,17 +64,16 @@ class Cluster:
 
     def device(self, resources: ResourcesConfig) -> str:
         """What `engine.device=auto` comes to: a GPU only where one is asked for."""
-        return "cuda" if resources.gpus or resources.gpu_type else "cpu"
+        return "cuda" if resources.gpus or resources.gpu_type or resources.gpu_candidates else "cpu"
 
     def site(self, config: LbiConfig) -> Site:
         """Where this cell will run, from what workers of its class found."""
         key = class_key(config)
         if key not in self._known:
             seen = self._seen(key)
-            # A container brings its own packages; everywhere else the job has those that are installed here.
-            own = {} if config.resources.container else {"packages": environment.packages(), "lbi": lbi.__version__}
+            own = self._own(config)
             env_ids = [digest("env", {**found, **own}) for found in seen]
-            stand_in = digest("env", {"site": key, "packages": environment.packages(), "lbi": lbi.__version__})
+            stand_in = digest("env", {"site": key, "lbi": lbi.__version__, **own})
             self._known[key] = Site(
                 # The login node's own GPU, if it has one, says nothing about the nodes'.
                 replace(rules.Machine.here(config.engine.device), capability=None),
@@ -83,6 +84,10 @@ class Cluster:
                 ),
             )
         return self._known[key]
+
+    def _own(self, config: LbiConfig) -> dict[str, Any]:
+        """What a job has from here. A container brings its own packages; else it has those that are installed here."""
+        return {} if config.resources.container else {"packages": environment.packages(), "lbi": lbi.__version__}
 
     def _seen(self, key: str) -> list[dict[str, Any]]:
         """What workers found, the latest first, each as `environment.key` gives it."""
@@ -97,9 +102,22 @@ class Cluster:
         return [found["environment"] for found in sorted(notes, key=lambda found: -float(found["seen"]))]
 
 
+class Rented(Cluster):
+    """Machines in a cloud or in Kubernetes: their packages come from an image, or are installed there."""
+
+    def _own(self, config: LbiConfig) -> dict[str, Any]:
+        return {"lbi": lbi.__version__}
+
+    def _seen(self, key: str) -> list[dict[str, Any]]:
+        """Of what workers found only that with the packages of the newest: after an upgrade the older is stale."""
+        found = super()._seen(key)
+        return [known for known in found if known.get("packages") == found[0].get("packages")]
+
+
 def class_key(config: LbiConfig) -> str:
     """Names the kind of node that a cell's job is sent to."""
-    knobs = {name: getattr(config.resources, name) for name in CLASS_KNOBS}
+    names = [*CLASS_KNOBS, *(name for name in RENTED_KNOBS if getattr(config.resources, name))]
+    knobs = {name: plain(getattr(config.resources, name)) for name in names}
     return digest("site", {"device": config.engine.device, **knobs})
 
 

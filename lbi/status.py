@@ -12,7 +12,8 @@ from rich.table import Table as Grid
 
 from lbi.children import phase_of
 from lbi.collect import Row, rows
-from lbi.executors.scheduler import RUNNING, Job, Scheduler
+from lbi.executors import pools
+from lbi.executors.scheduler import RUNNING, Job
 from lbi.report.terminal import console
 from lbi.store import UNFINISHED, Store
 from lbi.submissions import Submissions, UnitJob
@@ -68,6 +69,8 @@ def _print(store: Store, sweep: str, table: list[Row]) -> None:
         left = len(active) + len(failed) - grid.row_count
         if left:
             out.print(f"... and {left} more")
+    for line in pools.describe(pools.up(store)):
+        out.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
     for problem in store.problems:
         out.print(f"Ignored in the store: {escape(str(problem))}")
     if any(row["status"] in ("missing", *UNFINISHED) for row in table):
@@ -79,9 +82,10 @@ def _with_jobs(store: Store, sweep: str, table: list[Row]) -> list[Row]:
     jobs = _jobs_of_open_cells(store, sweep, table)
     states: Mapping[str, Job] = {}
     if jobs:
-        found = Scheduler().jobs({job.job for job in jobs.values()})
+        queues = Submissions(store, sweep).queues()
+        found = queues.jobs({job.job for job in jobs.values()})
         if found is None:
-            console().print("[yellow]SLURM's controller does not answer; this is what the store says.[/]")
+            console().print(f"[yellow]{queues.name} does not answer; this is what the store says.[/]")
         states = found or {}
     return [_with_job(row, jobs.get(row["run_id"]), states) for row in table]
 
@@ -107,6 +111,8 @@ def _with_job(row: Row, job: UnitJob | None, states: Mapping[str, Job]) -> Row:
     where = f"job {state.id}" + (f" on {state.node}" if state.node else "")
     if row["status"] == "running":
         return row | {"where": where}
+    if state.state in RUNNING and job and job.cluster.get("kind") == "sky":
+        return row | {"status": "queued", "where": where, "reason": "its job runs; the result has not come home"}
     if state.state in RUNNING:
         return row | {"status": "queued", "where": where, "reason": "waits for a run before it in its job"}
     return row | {

@@ -359,9 +359,11 @@ def node_name() -> str:
 
 
 def job_name() -> str | None:
-    """The SLURM job this process is part of ("12" or "12_3"), or None."""
+    """The job this process is part of (SLURM: "12" or "12_3"), or None."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ.get("SLURM_JOB_ID")
+    if array:
+        return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}"
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("SKYPILOT_TASK_ID")
 
 
 def _boot_id() -> str | None:

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lbi.executors.scheduler import Scheduler
+from lbi.executors.queues import Queue, Queues
 from lbi.files import BadFile, read_json, write_json
 from lbi.schedule import Unit, save_units
 from lbi.store import SCHEMA, Store, live_owner, own_claim
@@ -47,6 +47,7 @@ class UnitJob:
     job: str
     cells: tuple[CellRef, ...]
     began: float
+    cluster: Mapping[str, Any] = field(default_factory=dict)
 
     def owes(self, status: str | None, finished: float | None) -> bool:
         """Whether the job may still measure a cell whose last result is this one (None: no result)."""
@@ -67,10 +68,10 @@ class Array:
 
 
 class SchedulerSilent(Exception):
-    """SLURM's controller does not answer."""
+    """The queue does not answer; `name` says whose."""
 
-    def __init__(self) -> None:
-        super().__init__("SLURM's controller does not answer (squeue)")
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} does not answer")
 
 
 class Submissions:
@@ -96,13 +97,28 @@ class Submissions:
             for index, array in enumerate(listed["arrays"]):
                 submitted = self._read(folder / f"array-{index}.json")
                 if submitted and submitted.get("job"):
-                    found += _unit_jobs(folder, array, str(submitted["job"]), float(listed["began"]))
+                    job = str(submitted["job"])
+                    found += _unit_jobs(folder, array, job, float(listed["began"]), listed.get("cluster", {}))
         return found
+
+    def clusters(self) -> list[dict[str, Any]]:
+        """What each submission says of where it went, oldest first."""
+        listed = [self._read(self.path(number) / "arrays.json") for number in self.numbers()]
+        return [dict(content.get("cluster", {})) for content in listed if content]
+
+    def array_names(self) -> list[str]:
+        """Names of every array that was ever submitted."""
+        listed = [self._read(self.path(number) / "arrays.json") for number in self.numbers()]
+        return [str(array["name"]) for content in listed if content for array in content["arrays"]]
+
+    def queues(self) -> Queues:
+        """Everything that has had jobs of this sweep, asked as one."""
+        return Queues(self.clusters())
 
     def path(self, number: int) -> Path:
         return self.folder / f"{number:03d}"
 
-    def adopt(self, scheduler: Scheduler) -> bool:
+    def adopt(self, scheduler: Queue) -> bool:
         """Find the jobs of arrays whose driver died before it could note them.
 
         False while another driver is submitting. Raises `SchedulerSilent`.
@@ -121,18 +137,18 @@ class Submissions:
             }
             ids = scheduler.named(list(unknown)) if unknown else {}
             if ids is None:
-                raise SchedulerSilent
+                raise SchedulerSilent(scheduler.name)
             for name, index in unknown.items():
                 note_job(folder, index, ids.get(name), adopted=True)
             write_json(folder / "submitted.json", {"schema": SCHEMA, "adopted": True, "when": time.time()})
         return True
 
-    def living(self, scheduler: Scheduler) -> set[str]:
+    def living(self, queue: Queue) -> set[str]:
         """run_ids that a queued or running job of this sweep has. Raises `SchedulerSilent`."""
         jobs = self.jobs()
-        found = scheduler.jobs(job.job for job in jobs)
+        found = queue.jobs(job.job for job in jobs)
         if found is None:
-            raise SchedulerSilent
+            raise SchedulerSilent(queue.name)
         return {cell.run_id for job in jobs if not found[job.job].ended for cell in job.cells}
 
     def try_begin(self) -> Path | None:
@@ -146,8 +162,10 @@ class Submissions:
         write_json(folder / "claim.json", own_claim())
         return folder
 
-    def write_arrays(self, folder: Path, arrays: Sequence[Array], since: float) -> None:
-        """Write the units and which array has which, before anything is submitted."""
+    def write_arrays(
+        self, folder: Path, arrays: Sequence[Array], since: float, cluster: Mapping[str, Any] | None = None
+    ) -> float:
+        """Write the units, which array has which, and to whom they go, before anything is submitted; when that was."""
         rows = []
         for array in arrays:
             save_units(array.units, self.store, self.sweep, since, folder / "units")
@@ -156,7 +174,10 @@ class Submissions:
                 for unit in array.units
             }
             rows.append({"name": array.name, "units": units})
-        write_json(folder / "arrays.json", {"schema": SCHEMA, "began": time.time(), "arrays": rows})
+        began = time.time()
+        content = {"schema": SCHEMA, "began": began, "cluster": dict(cluster or {"kind": "slurm"}), "arrays": rows}
+        write_json(folder / "arrays.json", content)
+        return began
 
     def _read(self, file: Path) -> dict[str, Any] | None:
         try:
@@ -172,12 +193,23 @@ def note_job(folder: Path, index: int, job: str | None, *, adopted: bool = False
     write_json(folder / f"array-{index}.json", content)
 
 
-def _unit_jobs(folder: Path, array: dict[str, Any], submitted: str, began: float) -> Iterator[UnitJob]:
-    """Task n of an array executes its n-th unit; one unit alone is submitted as a plain job."""
+def _unit_jobs(
+    folder: Path, array: dict[str, Any], submitted: str, began: float, cluster: Mapping[str, Any]
+) -> Iterator[UnitJob]:
+    """Task n of an array executes its n-th unit; one unit alone is submitted as a plain job.
+
+    SkyPilot gives each job of an array an id of its own: they are joined by commas.
+    """
+    ids = submitted.split(",")
     alone = len(array["units"]) == 1
     for number, (unit, cells) in enumerate(array["units"].items()):
-        job = submitted if alone else f"{submitted}_{number}"
-        yield UnitJob(folder, unit, job, tuple(CellRef(*cell) for cell in cells), began)
+        if cluster.get("kind") == "sky":
+            if number >= len(ids):
+                return
+            job = ids[number]
+        else:
+            job = submitted if alone else f"{submitted}_{number}"
+        yield UnitJob(folder, unit, job, tuple(CellRef(*cell) for cell in cells), began, cluster)
 
 
 @contextmanager

@@ -67,12 +67,16 @@ def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument("--watch", action="store_true", help="look again every few seconds until all is over")
     if verb == "cancel":
         parser.add_argument("filter", nargs="?", help="only cells whose name has this part")
+        parser.add_argument("--down", action="store_true", help="end the machines that the sweep has rented, too")
     if verb == "report":
         parser.add_argument("--baseline", help="cell that ratios refer to, by a part of its name or its run id")
         parser.add_argument("--against", help="another sweep, or an env_id, that each cell is compared with")
         parser.add_argument("--max-kld", type=float, help="bound on the mean KLD of an answer, in nats")
     if verb == "collect":
         parser.add_argument("--from-wandb", action="store_true", help="fetch what this store lacks from W&B first")
+        parser.add_argument(
+            "--from-logs", nargs="+", metavar="FILE", help="put the results that these jobs' logs hold into the store"
+        )
         _add_place(parser)
     if verb == "dashboard":
         _add_place(parser)
@@ -121,7 +125,7 @@ def _logs(store: Store, sweep: str, given: argparse.Namespace) -> int:
 def _cancel(store: Store, sweep: str, given: argparse.Namespace) -> int:
     from lbi import cancel
 
-    return cancel.cancel(store, sweep, given.filter)
+    return cancel.cancel(store, sweep, given.filter, given.down)
 
 
 def _report(store: Store, sweep: str, given: argparse.Namespace) -> int:
@@ -150,7 +154,14 @@ def _trace(store: Store, sweep: str, given: argparse.Namespace) -> int:
 
 def _collect(store: Store, sweep: str, given: argparse.Namespace) -> int:
     from lbi.collect import rows, write_tables
+    from lbi.executors import homecoming
 
+    if given.from_logs:
+        print(homecoming.collect_logs(store, sweep, [Path(name) for name in given.from_logs]))
+    elif not given.from_wandb:
+        said = homecoming.collect(store, sweep)
+        if said:
+            print(f"From rented machines: {said}")
     table = rows(store, sweep)
     folder = store.sweep_folder(sweep)
     write_tables(folder, table)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lbi.children import Stop
 from lbi.executors.local import stopping_on_signals
-from lbi.executors.reconcile import Ending, endings, publish
+from lbi.executors.reconcile import Ending, publish
 from lbi.executors.scheduler import RUNNING, Job
 from lbi.schedule import Unit, make_packs
 from lbi.store import UNFINISHED, Result, Store
@@ -24,13 +24,10 @@ from lbi.sweep_folder import environments, find_result
 from lbi.worker import Event, Report, Task
 
 if TYPE_CHECKING:
-    from lbi.executors.slurm import SlurmExecutor
+    from lbi.executors.queue_executor import QueueExecutor
 
 LOOK_S = 1.0
 """How often the store is looked at."""
-
-ASK_S = (2.0, 15.0)
-"""How often SLURM is asked: at first, and after ten minutes."""
 
 SETTLE_S = 5.0
 """A job must have been over for this long before its cells are judged: results cross a network file system."""
@@ -46,7 +43,7 @@ class Follower:
     """Follows the given tasks, by run_id, of one sweep."""
 
     def __init__(
-        self, executor: SlurmExecutor, store: Store, tasks: dict[str, Task], since: float, report: Report
+        self, executor: QueueExecutor, store: Store, tasks: dict[str, Task], since: float, report: Report
     ) -> None:
         self.executor, self.store, self.since, self.report = executor, store, since, report
         self.submissions = Submissions(store, executor.sweep)
@@ -60,17 +57,18 @@ class Follower:
         self.given_up: set[str] = set()
         self.suspects: set[str] = set()
         self.unlaunched: set[str] = set()
+        self.superseded: set[str] = set()
         self.said = ""
 
     def run(self, stop: Stop) -> None:
         """Follow until every task has ended; sets `stop.detached` if asked to stop before."""
-        began, asked = time.monotonic(), -ASK_S[1]
+        often, began, asked = self.executor.ask_s, time.monotonic(), -float("inf")
         with stopping_on_signals(stop):
             while self.open and not stop.wanted:
                 looked = time.monotonic()
                 self._look()
                 now = time.monotonic()
-                if now - asked >= (ASK_S[0] if now - began < 600 else ASK_S[1]):
+                if now - asked >= often[now - began >= 600]:
                     asked = now
                     self._ask()
                 if self.open and not stop.wanted:
@@ -78,6 +76,8 @@ class Follower:
                     time.sleep(max(LOOK_S, 10 * (now - looked)))
             if self.open:
                 self._leave(stop)
+            if not stop.detached or stop.now:
+                self.executor.over(self.store)
 
     def _look(self) -> None:
         """Take in results that have appeared."""
@@ -108,13 +108,20 @@ class Follower:
         jobs = self._newest()
         states = self.executor.scheduler.jobs(job.job for job in jobs)
         if states is None:
-            self._say("SLURM's controller does not answer; going on with what the store says")
+            self._say(f"{self.executor.scheduler.name} does not answer; going on with what the store says")
             return
+        self.executor.bring_home(self.store, jobs, states)
+        self._look()
+        jobs = self._newest()
         again: list[Task] = []
         for job in jobs:
             state = self._launched(states[job.job])
             if state.ended:
                 again += self._settle(job, state)
+            elif job.job not in self.superseded and self.executor.superseded(job, state, self._done(job)):
+                # Its cells are judged, and submitted again, when it is over.
+                self.executor.scheduler.cancel([job.job])
+                self.superseded.add(job.job)
             else:
                 self.over_since.pop(job.job, None)
                 self._give_up_waiting(job, state)
@@ -144,6 +151,11 @@ class Follower:
             for job in by_job.values()
         ]
 
+    def _done(self, job: UnitJob) -> int:
+        """How many of a job's cells have ended."""
+        listed = next((known for known in self.submissions.jobs() if known.job == job.job), job)
+        return sum(cell.run_id not in self.open for cell in listed.cells)
+
     def _settle(self, job: UnitJob, state: Job) -> list[Task]:
         """End what the job cannot finish any more; the tasks to submit again."""
         now = time.monotonic()
@@ -151,9 +163,12 @@ class Follower:
             return []
         self._look()
         left = [cell for cell in job.cells if cell.run_id in self.open]
-        found = endings(self.store, job, state, left)
+        found = self.executor.endings(self.store, job, state, left)
         if found is None:
             return []
+        if reason := self.executor.hopeless(job, state):
+            self.given_up |= {ending.cell.run_id for ending in found}
+            found = [replace(ending, reason=reason) for ending in found]
         # What a job had not begun is not to blame for its end, unless the job never began anything.
         blameless = any(ending.begun for ending in found)
         return [self.open[ending.cell.run_id] for ending in found if self._again(ending, state, blameless)]
@@ -213,6 +228,8 @@ class Follower:
             self.unlaunched.add(state.id)
         if state.id in self.unlaunched:
             return replace(state, state="BOOT_FAIL")
+        if state.id in self.superseded and state.ended:
+            return replace(state, state="PREEMPTED")
         return state
 
     def _give_up_waiting(self, job: UnitJob, state: Job) -> None:
@@ -225,6 +242,9 @@ class Follower:
         limit = min((limit for limit in limits if limit is not None), default=None)
         waited = time.monotonic() - self.queued_since.setdefault(job.job, time.monotonic())
         if limit is not None and waited > limit:
+            if self.executor.waited(job, waited, limit):
+                self.queued_since[job.job] = time.monotonic()
+                return
             reason = f"job {job.job} had not begun after {limit:g} s ({state.state}, {state.reason})"
             self.executor.scheduler.cancel([job.job])
             for cell in job.cells:
@@ -254,7 +274,7 @@ class Follower:
             time.sleep(0.1)
         if stop.now:
             taken = self.executor.scheduler.cancel(sorted({job.job for job in self._newest()}))
-            stop.detached = "Cancelled the jobs." if taken else "SLURM did not take the cancellation; see squeue."
+            stop.detached = "Cancelled the jobs." if taken else "The cancellation was not taken; try lbi cancel."
             return
         name, root = self.executor.sweep, self.store.root
         stop.detached = (

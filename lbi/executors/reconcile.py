@@ -26,10 +26,12 @@ class Ending:
     status: str
     reason: str
     attempt: Attempt | None
+    elsewhere: bool = False
+    """Whether it had begun on a machine that leaves no attempt in this store."""
 
     @property
     def begun(self) -> bool:
-        return self.attempt is not None
+        return self.attempt is not None or self.elsewhere
 
 
 def endings(store: Store, job: UnitJob, state: Job, cells: list[CellRef]) -> list[Ending] | None:
@@ -38,7 +40,7 @@ def endings(store: Store, job: UnitJob, state: Job, cells: list[CellRef]) -> lis
     None while an attempt's heart still beats: the node may be cut off and its processes alive.
     """
     found = []
-    status, reason = _verdict(job, state)
+    status, reason = verdict(job, state)
     for cell in cells:
         attempt = store.abandoned(cell.run_id, job.job)
         if attempt is not None and may_live(attempt.folder):
@@ -64,7 +66,7 @@ def publish(store: Store, ending: Ending, status: str, reason: str) -> bool:
     return True
 
 
-def _verdict(job: UnitJob, state: Job) -> tuple[str, str]:
+def verdict(job: UnitJob, state: Job) -> tuple[str, str]:
     """Status and reason of the run that was in progress when its job ended so."""
     where = f" on {state.node}" if state.node and state.node != "(null)" else ""
     if state.state == "OUT_OF_MEMORY" or _killed_for_memory(job.log):

@@ -16,9 +16,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ENDED = frozenset(
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT GONE".split()
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT GONE "
+    "FAILED_SETUP FAILED_PRECHECKS FAILED_NO_RESOURCE".split()
 )
-"""States in which a job's processes are gone; GONE is ours: nobody knows the job any more."""
+"""States in which a job's processes are gone; GONE is ours: nobody knows the job any more. The last are SkyPilot's."""
 
 RUNNING = frozenset(("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"))
 
@@ -46,6 +47,8 @@ class Job:
 
 class Scheduler:
     """SLURM through its commands, as the current user."""
+
+    name = "SLURM's controller"
 
     def __init__(self) -> None:
         self._unknown_since: dict[str, float] = {}

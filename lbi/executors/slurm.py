@@ -10,23 +10,20 @@ import math
 import shlex
 import shutil
 import time
-import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lbi import snapshot
-from lbi.children import Stop
 from lbi.config import ResourcesConfig, SweepConfig
 from lbi.errors import ClusterError, InputError
-from lbi.executors.follow import Follower
+from lbi.executors.queue_executor import RETRY_S, QueueExecutor, forecast_text, gpus_of
 from lbi.executors.scheduler import Scheduler
 from lbi.model_files import inspect
 from lbi.schedule import Durations, Unit
 from lbi.store import Store
-from lbi.submissions import Array, SchedulerSilent, Submissions, marked_submitted, note_job
-from lbi.worker import Report, Task
+from lbi.submissions import Array
+from lbi.worker import Task
 
 START_S = 600.0
 """Added to a job's time limit: imports, a cold file system, a queue of downloads."""
@@ -35,111 +32,39 @@ GUESS_FACTOR, KNOWN_FACTOR = 4.0, 2.0
 """A time limit is this many times the estimate: one too short costs a requeue, one too long a place in line."""
 
 TRANSIENT = ("Unable to contact slurm controller", "Socket timed out", "temporarily", "Connection refused")
-RETRY_S = (5.0,)
-"""Pauses before sbatch is tried again where the controller did not answer."""
 
 
-class SlurmExecutor:
-    """Submits units, and follows them unless `settings.wait` is false."""
-
-    pack = True
-    here = False
+class SlurmExecutor(QueueExecutor):
+    """Submits job arrays through submitit."""
 
     def __init__(self, sweep: str, settings: SweepConfig) -> None:
-        self.sweep, self.settings = sweep, settings
-        self.scheduler = Scheduler()
+        self.slurm = Scheduler()
+        super().__init__(sweep, settings, self.slurm)
 
     def forecast(self, units: Sequence[Unit], store: Store) -> str:
         """Jobs, GPUs and GPU time that these units will take, in words."""
-        durations = Durations(store)
-        seconds = gpus = gpu_seconds = 0.0
-        guessed = False
-        for task in (task for unit in units for task in unit.tasks):
-            took, guess = durations.seconds(task.config)
-            cards = gpus_of(task)
-            seconds, gpu_seconds, guessed = seconds + took, gpu_seconds + took * cards, guessed or guess
-            gpus = max(gpus, cards)
-        classes = len(_classes(units))
-        sure = "in part a guess" if guessed else "from what like runs took"
-        time_text = f"{gpu_seconds / 3600:.2f} GPU hours" if gpus else f"{seconds / 3600:.2f} hours without a GPU"
-        cards_text = f", {gpus:.0f} GPU each" if gpus else ""
-        return (
-            f"SLURM: {len(units)} jobs in {classes} resource class{'es' if classes > 1 else ''}{cards_text}; "
-            f"{time_text}, {sure}."
-        )
+        return forecast_text("SLURM", units, store)
 
-    def execute(self, units: Sequence[Unit], store: Store, report: Report, since: float) -> Stop:
-        """Submit what is not yet queued, and follow all of it.
-
-        Raises `InputError` for a request that SLURM refuses, `ClusterError` where it does not answer.
-        """
+    def check(self, units: Sequence[Unit]) -> None:
+        """Raises `InputError` where SLURM is not here."""
         if shutil.which("sbatch") is None or shutil.which("srun") is None:
             raise InputError(
                 "hydra/launcher", "lbi_slurm", "there is no sbatch or srun on this machine", "Run it on a login node"
             )
-        stop = Stop()
-        count = self.submit(units, store, since)
-        tasks = {task.run_id: task for unit in units for task in unit.tasks}
-        if not self.settings.wait:
-            stop.detached = (
-                f"Submitted {count} jobs. Follow them from any shell: python -m lbi status {self.sweep} --watch "
-                f"--store {store.root}\nCancel them: python -m lbi cancel {self.sweep} --store {store.root}"
-            )
-            return stop
-        Follower(self, store, tasks, since, report).run(stop)
-        return stop
 
-    def submit(self, units: Sequence[Unit], store: Store, since: float, exclude: Iterable[str] = ()) -> int:
-        """Submit the tasks that no living job of this sweep has; how many jobs that made."""
-        submissions = Submissions(store, self.sweep)
-        folder, wanted = self._begin(submissions, units)
-        if folder is None:
-            return 0
-        arrays = self._arrays(wanted, folder.name)
-        with marked_submitted(folder):
-            submissions.write_arrays(folder, arrays, since)
-            code = snapshot.take(submissions.folder.parent)
-            durations = Durations(store)
-            for index, array in enumerate(arrays):
-                try:
-                    job = self._sbatch(folder, array, code, durations, sorted(exclude))
-                except (ClusterError, InputError):
-                    if index:
-                        go_on = f"{index} of {len(arrays)} arrays are submitted and go on"
-                        print(f"{go_on}; to end them: python -m lbi cancel {self.sweep}")
-                    raise
-                note_job(folder, index, job)
-        return len(wanted)
+    def array_size(self, members: Sequence[Unit], start: int) -> int:
+        """As long as the cluster takes them."""
+        return self._most
 
-    def _begin(self, submissions: Submissions, units: Sequence[Unit]) -> tuple[Path | None, list[Unit]]:
-        """This process's own submission and its units, or None if every task is queued already."""
-        silent_until = time.monotonic() + sum(RETRY_S)
-        while True:
-            try:
-                if submissions.adopt(self.scheduler):
-                    wanted = _without(units, submissions.living(self.scheduler))
-                    if not wanted:
-                        return None, []
-                    folder = submissions.try_begin()
-                    if folder is not None:
-                        return folder, wanted
-            except SchedulerSilent as silent:
-                if time.monotonic() > silent_until:
-                    raise ClusterError(f"nothing was submitted: {silent}. The same command tries again") from silent
-            time.sleep(0.3)
+    @cached_property
+    def _most(self) -> int:
+        return self.slurm.max_array_size()
 
-    def _arrays(self, units: Sequence[Unit], number: str) -> list[Array]:
-        """One array per resource class, and more where the cluster's arrays are too short.
-
-        An array whose driver died is found by its name, so no other store's may have the same.
-        """
-        size, own = self.scheduler.max_array_size(), uuid.uuid4().hex[:8]
-        arrays: list[Array] = []
-        for members in _classes(units):
-            for start in range(0, len(members), size):
-                name = f"lbi-{self.sweep}-{number}-{own}-{len(arrays)}"
-                arrays.append(Array(name, tuple(members[start : start + size])))
-        return arrays
+    def send(
+        self, folder: Path, array: Array, code: Path, durations: Durations, exclude: list[str], began: float
+    ) -> str:
+        """Submit one array; its job id."""
+        return self._sbatch(folder, array, code, durations, exclude)
 
     def _sbatch(self, folder: Path, array: Array, code: Path, durations: Durations, exclude: list[str]) -> str:
         """Submit one array; its job id."""
@@ -231,13 +156,6 @@ def _exclusive(task: Task) -> bool:
     return task.config.engine.device == "cpu" if chosen is None else chosen
 
 
-def gpus_of(task: Task) -> int:
-    """GPUs of a task's job."""
-    if task.config.resources.gpus is not None:
-        return task.config.resources.gpus
-    return 1 if task.config.engine.device == "cuda" or task.config.resources.gpu_type else 0
-
-
 def _gpus(task: Task) -> dict[str, str]:
     count, kind = gpus_of(task), task.config.resources.gpu_type
     # submitit's gpus_per_node takes no type.
@@ -247,21 +165,6 @@ def _gpus(task: Task) -> dict[str, str]:
 def _container(resources: ResourcesConfig) -> list[str]:
     mounts = [f"--container-mounts={resources.mounts}"] if resources.mounts else []
     return [f"--container-image={resources.container}", *mounts] if resources.container else []
-
-
-def _classes(units: Sequence[Unit]) -> list[list[Unit]]:
-    """Units that may share an array: the same resources and device."""
-    classes: dict[str, list[Unit]] = {}
-    for unit in units:
-        config = unit.tasks[0].config
-        classes.setdefault(repr((config.resources, config.engine.device)), []).append(unit)
-    return list(classes.values())
-
-
-def _without(units: Sequence[Unit], queued: set[str]) -> list[Unit]:
-    """The units less the runs that are queued already."""
-    left = [replace(unit, tasks=tuple(task for task in unit.tasks if task.run_id not in queued)) for unit in units]
-    return [unit for unit in left if unit.tasks]
 
 
 def _why(error: RuntimeError) -> str:

@@ -13,20 +13,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from lbi import environment, sites
 from lbi.children import Stop
 from lbi.executors import scheduler
+from lbi.executors.job import changed, placed, publish_all
 from lbi.files import BadFile, read_json
-from lbi.identity import digest
 from lbi.slots import Slot
-from lbi.store import SCHEMA, AlreadyRunning, Store, job_name, node_name
-from lbi.sweep_folder import note_environment
+from lbi.store import SCHEMA, Store, job_name, node_name
 from lbi.task_queue import TaskQueue
-from lbi.worker import Event, Task, UnitFile, Work, load_unit, log_line, run_slot
+from lbi.worker import Event, UnitFile, Work, load_unit, log_line, run_slot
 
 TERM_GRACE_S = 1.0
 """After SIGTERM the rest of the job's life may be a few seconds: a child gets this long."""
@@ -114,6 +110,12 @@ def cancelled_runs(unit: Path) -> frozenset[str]:
         return frozenset()
 
 
+def run_file(file: Path) -> int:
+    """Execute the unit in a file, in a job that submitit did not make; an exit code."""
+    run(str(file))
+    return 0
+
+
 def run(unit_file: str) -> int:
     """Execute the unit in a file. Called by submitit inside the job; the number of runs that it began."""
     unit = load_unit(Path(unit_file))
@@ -124,11 +126,11 @@ def run(unit_file: str) -> int:
     signal.signal(signal.SIGTERM, stop.on_term)
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     print(f"job {job_name()} on {node_name()}, start {restart + 1}: {len(unit.tasks)} runs", flush=True)
-    changed = _changed(unit)
-    if changed:
-        _publish_all(unit.tasks, store, "lost", changed)
+    difference = changed(unit)
+    if difference:
+        publish_all(unit.tasks, store, "lost", difference)
         return 0
-    tasks = _placed(unit, store)
+    tasks = placed(unit, store)
     started = 0
 
     def report(event: Event) -> None:
@@ -147,41 +149,6 @@ def run(unit_file: str) -> int:
     return started
 
 
-def _changed(unit: UnitFile) -> str:
-    """How the packages differ from those that the sweep was planned for; empty if they do not."""
-    if any(task.config.resources.container for task in unit.tasks):
-        return ""
-    here = environment.packages()
-    names = sorted(set(here) | set(unit.packages))
-    differing = [
-        f"{name} {unit.packages.get(name, 'absent')} -> {here.get(name, 'absent')}"
-        for name in names
-        if here.get(name) != unit.packages.get(name)
-    ]
-    if not differing:
-        return ""
-    return f"the packages on {node_name()} are not those of the plan ({', '.join(differing)}); plan again"
-
-
-def _placed(unit: UnitFile, store: Store) -> list[Task]:
-    """The tasks with the env_id of this node, less those that have a good result here already."""
-    placed = []
-    keys = {device: environment.key(device) for device in {task.config.engine.device for task in unit.tasks}}
-    classes = {sites.class_key(task.config): task.config for task in unit.tasks}
-    for config in classes.values():
-        found = keys[config.engine.device]
-        sites.note(store, config, found, digest("env", found), time.time())
-    for task in unit.tasks:
-        env_id = digest("env", keys[task.config.engine.device])
-        if env_id != task.env_id:
-            note_environment(store, unit.sweep, env_id)
-            known = store.result(task.run_id, env_id)
-            if known is not None and known.ok and task.config.sweep.mode != "force":
-                continue
-        placed.append(replace(task, env_id=env_id))
-    return placed
-
-
 def _start_again(unit: UnitFile, restart: int) -> None:
     allowed = max(task.config.resources.requeues for task in unit.tasks)
     job = job_name() or ""
@@ -193,13 +160,3 @@ def _start_again(unit: UnitFile, restart: int) -> None:
     if taken:
         # The job ends by SLURM's hand; ending by itself first could pass for completed.
         time.sleep(60)
-
-
-def _publish_all(tasks: Sequence[Task], store: Store, status: str, reason: str) -> None:
-    for task in tasks:
-        try:
-            attempt = store.claim(task.run_id, task.env_id, {})
-        except AlreadyRunning:
-            continue
-        store.publish(attempt, status, reason, 0.0)
-        log_line(Event("end", task, "", store.result(task.run_id, task.env_id)))

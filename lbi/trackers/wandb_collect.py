@@ -9,18 +9,19 @@ that the store has are kept, so it may be repeated, and goes on where it was sto
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lbi import arrivals
 from lbi.config import TrackerConfig
 from lbi.errors import InputError
 from lbi.files import read_json, write_json
 from lbi.process import die_with_parent
-from lbi.store import SCHEMA, STATUSES, Store, attempt_numbers
+from lbi.store import SCHEMA, Store
 from lbi.sweep_folder import note_environment
 from lbi.trackers.wandb_files import VIEWED
 from lbi.trackers.wandb_process import ask, brief
@@ -43,6 +44,18 @@ def collect_in_process(store: Store, sweep: str, config: TrackerConfig) -> str:
             "--from-wandb", f"{place} {sweep}", done["problem"], "The same command goes on where it stopped"
         )
     return f"From W&B: {done['fetched']} results fetched, {done['kept']} in the store already"
+
+
+def collect_runs(store: Store, sweep: str, config: TrackerConfig, names: Sequence[str]) -> str:
+    """Have results by their names (RUN_ID-ENV_ID) fetched, those that W&B has; how many, for the user.
+
+    A result that came so is as old as its arrival. Raises `InputError` where W&B cannot be asked.
+    """
+    request = {"root": str(store.root), "sweep": sweep, "project": config.project, "entity": config.entity}
+    done = ask("lbi.trackers.wandb_collect", [], {**request, "names": list(names)}, config.timeout_s)
+    if done["problem"]:
+        raise InputError("tracker", config.name, done["problem"], "See lbi sync")
+    return f"From W&B: {done['fetched']} of {len(names)} results fetched"
 
 
 class Collector:
@@ -71,11 +84,32 @@ class Collector:
         for result in listed["results"]:
             note_environment(self.store, self.sweep, str(result["env_id"]))
 
+    def collect_named(self, names: Sequence[str]) -> None:
+        """The results of these names, as far as W&B has them whole."""
+        import wandb
+
+        for name in names:
+            run_id, _, env_id = name.partition("-")
+            self._check(run_id, env_id)
+            try:
+                source = self._download(f"result-{name}")
+            except wandb.errors.CommError:
+                # Not there, or not committed yet.
+                continue
+            arrivals.place(self.store, source, run_id, env_id, arrived=time.time())
+            arrivals.note_origin(self.store, self.sweep, run_id, env_id)
+            self.fetched += 1
+
+    @staticmethod
+    def _check(run_id: str, env_id: str) -> None:
+        """Ids become names of folders. Raises `ValueError`."""
+        if not arrivals.ID.fullmatch(run_id) or not arrivals.ID.fullmatch(env_id):
+            raise ValueError(f"{run_id!r}, {env_id!r} are no ids of a result")
+
     def _place(self, result: Mapping[str, Any]) -> None:
         """One result, whole once its status.json is there."""
         run_id, env_id = str(result["run_id"]), str(result["env_id"])
-        if not re.fullmatch(r"[0-9a-f]{1,64}", run_id) or not re.fullmatch(r"[0-9a-f]{1,64}", env_id):
-            raise ValueError(f"{run_id!r}, {env_id!r} are no ids of a result")
+        self._check(run_id, env_id)
         if self.store.result(run_id, env_id) is not None:
             self.kept += 1
             return
@@ -83,23 +117,13 @@ class Collector:
         if name not in result["artifacts"]:
             raise ValueError(f"{name} was not attached; call lbi sync --files results where it is")
         source = self._download(name)
-        outcome = read_json(source / "outcome.json", SCHEMA)
-        if not outcome or (outcome["run_id"], outcome["env_id"]) != (run_id, env_id):
-            raise ValueError(f"{name} holds another result")
-        if outcome["status"] not in STATUSES:
-            raise ValueError(f"{name} has the unknown status {outcome['status']!r}")
         trace = f"trace-{run_id}-{env_id}"
         if trace in result["artifacts"]:
             shutil.copytree(self._download(trace), source, dirs_exist_ok=True)
-        folder = self.store.run_folder(run_id, env_id)
-        taken = attempt_numbers(folder)
-        # An attempt that was begun here, or stopped while it was fetched, stays as it is.
-        number = int(outcome["attempt"]) if int(outcome["attempt"]) not in taken else max(taken) + 1
-        outcome["attempt"] = number
-        write_json(source / "outcome.json", outcome)
-        shutil.copytree(source, folder / f"attempt-{number}")
-        write_json(folder / "status.json", outcome)
-        shutil.rmtree(source)
+        try:
+            arrivals.place(self.store, source, run_id, env_id)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from error
         self.fetched += 1
 
     def _download(self, name: str) -> Path:
@@ -137,7 +161,10 @@ def main(arguments: Sequence[str]) -> int:
             files = scratch / "files"
             files.mkdir()
             collector = Collector(Store.open(request["root"], write=True), request["sweep"], api, prefix, files)
-            collector.collect()
+            if "names" in request:
+                collector.collect_named(request["names"])
+            else:
+                collector.collect()
             done |= {"fetched": collector.fetched, "kept": collector.kept}
         except Exception as error:
             done["problem"] = brief(error)

@@ -58,7 +58,7 @@ def attachments(run_id: str, folder: Path | None, level: str, max_mb: float, scr
     if folder is None or level == "none":
         return Attachments([], [])
     kept, too_large = [], []
-    for name, file in _files(folder, traces=level == "all"):
+    for name, file in whole_files(folder, traces=level == "all"):
         if file.stat().st_size > max_mb * MB:
             too_large.append(name)
         else:
@@ -73,7 +73,7 @@ def attachments(run_id: str, folder: Path | None, level: str, max_mb: float, scr
     return Attachments(made, too_large)
 
 
-def _files(folder: Path, *, traces: bool) -> Iterator[tuple[str, Path]]:
+def whole_files(folder: Path, *, traces: bool) -> Iterator[tuple[str, Path]]:
     """Every whole file of an attempt, by its path inside; links could lead anywhere and are left out."""
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()

@@ -38,6 +38,40 @@ class SlurmConf:
     _target_: str = "hydra_plugins.lbi_plugin.SlurmLauncher"
 
 
+@dataclass
+class CloudConf:
+    """hydra/launcher=lbi_cloud: rented machines, through SkyPilot. Documented in lbi/executors/cloud_files.py."""
+
+    _target_: str = "hydra_plugins.lbi_plugin.CloudLauncher"
+    sky: List[str] = field(default_factory=lambda: ["sky"])
+    pool: str = "lbi"
+    workers: int = 2
+    results: str = "logs"
+    max_result_kb: float = 400.0
+    poll_s: float = 20.0
+    logs_s: float = 60.0
+    down: bool = True
+    python: Optional[str] = None
+    dry_run: bool = False
+
+
+@dataclass
+class KubernetesConf:
+    """hydra/launcher=lbi_k8s: a manifest for kubectl. Documented in lbi/executors/kubernetes.py."""
+
+    _target_: str = "hydra_plugins.lbi_plugin.KubernetesLauncher"
+    namespace: Optional[str] = None
+    parallelism: int = 2
+    queue: Optional[str] = None
+    secret: str = "lbi-secrets"
+    node_selector: Dict[str, str] = field(default_factory=dict)
+    gpu_resource: str = "nvidia.com/gpu"
+    python: str = "python3"
+    results: str = "logs"
+    max_result_kb: float = 400.0
+    ttl_s: Optional[int] = 86400
+
+
 class PlanSweeper(Sweeper):
     """Plans the whole grid, shows the plan, and has the launcher's executor run what is missing."""
 
@@ -103,6 +137,43 @@ class SlurmLauncher(LocalLauncher):
         return Cluster(store)
 
 
+class CloudLauncher(LocalLauncher):
+    """The same on rented machines."""
+
+    def __init__(self, **knobs: Any) -> None:
+        self.knobs = knobs
+
+    def executor(self, sweep: str, settings: Any) -> Any:
+        from lbi.executors.cloud import CloudExecutor
+        from lbi.executors.cloud_files import CloudLauncher as Settings
+
+        return CloudExecutor(sweep, settings, self.typed(Settings))
+
+    def sites(self, store: Any) -> Any:
+        from lbi.sites import Rented
+
+        return Rented(store)
+
+    def typed(self, cls: Any) -> Any:
+        """The launcher's knobs, checked."""
+        from lbi.typed import build
+
+        plain: Any = OmegaConf.to_container(OmegaConf.create(self.knobs), resolve=True)
+        return build(cls, plain, "hydra.launcher")
+
+
+class KubernetesLauncher(CloudLauncher):
+    """A manifest of the same jobs."""
+
+    def executor(self, sweep: str, settings: Any) -> Any:
+        from lbi.executors.kubernetes import KubernetesExecutor
+        from lbi.executors.kubernetes import KubernetesLauncher as Settings
+
+        return KubernetesExecutor(sweep, settings, self.typed(Settings))
+
+
 ConfigStore.instance().store(group="hydra/sweeper", name="lbi", node=SweeperConf, provider="lbi")
 ConfigStore.instance().store(group="hydra/launcher", name="lbi_local", node=LocalConf, provider="lbi")
 ConfigStore.instance().store(group="hydra/launcher", name="lbi_slurm", node=SlurmConf, provider="lbi")
+ConfigStore.instance().store(group="hydra/launcher", name="lbi_cloud", node=CloudConf, provider="lbi")
+ConfigStore.instance().store(group="hydra/launcher", name="lbi_k8s", node=KubernetesConf, provider="lbi")

@@ -1,0 +1,271 @@
+"""Sends units to rented machines: a pool of them by SkyPilot, and one array of jobs that they take in turn.
+
+The machines share no folder with the sweep: units travel in a variable, results come home in
+the jobs' logs or by W&B (homing.py), and a run whose result has not come home is not done.
+A machine that is taken away is replaced by SkyPilot, which starts its job anew; lbi then
+gives what is missing to a new job, so that nothing that has come home is measured again.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lbi import homing, parcel, snapshot
+from lbi.children import Stop
+from lbi.config import SweepConfig
+from lbi.errors import ClusterError, InputError
+from lbi.executors import cloud_files
+from lbi.executors.cloud_files import CloudLauncher
+from lbi.executors.homecoming import Homecoming
+from lbi.executors.pools import PoolRecord
+from lbi.executors.queue_executor import QueueExecutor, forecast_text
+from lbi.executors.reconcile import Ending, verdict
+from lbi.executors.scheduler import RUNNING, Job
+from lbi.executors.sky import HOPELESS, Sky
+from lbi.executors.unit_parcel import pack_units
+from lbi.files import write_text
+from lbi.schedule import Durations, Unit
+from lbi.store import Store
+from lbi.submissions import Array, CellRef, Submissions, UnitJob
+from lbi.typed import plain
+from lbi.worker import Report
+
+UNREADABLE = 5
+"""As many times the log of a job that is over may not be had before its runs are given up."""
+
+
+class CloudExecutor(QueueExecutor):
+    """Submits units to a pool of rented machines, and follows them unless `settings.wait` is false."""
+
+    def __init__(self, sweep: str, settings: SweepConfig, launcher: CloudLauncher) -> None:
+        self.launcher = launcher
+        self.sky = Sky(launcher.sky)
+        super().__init__(sweep, settings, self.sky)
+        self.ask_s = (launcher.poll_s, launcher.poll_s)
+        self.unreadable: dict[str, int] = {}
+        self.pools: dict[str, PoolRecord] = {}
+        self._read_at: dict[str, float] = {}
+        self._restarts: dict[str, int] = {}
+        self._candidate: dict[str, int] = {}
+        self._homecoming: Homecoming | None = None
+        self._store: Store | None = None
+        self._units: tuple[Unit, ...] = ()
+        self._applying = threading.Lock()
+
+    def forecast(self, units: Sequence[Unit], store: Store) -> str:
+        """Jobs, machines and time that these units will take, in words; with `dry_run`, the files too."""
+        if not units:
+            return ""
+        text = forecast_text("Cloud", units, store)
+        machines = min(self.launcher.workers, len(units))
+        prices = [unit.tasks[0].config.resources.max_price for unit in units]
+        price = max((price for price in prices if price), default=None)
+        return text + f" {machines} rented machines" + (f" at no more than ${price:g} an hour each." if price else ".")
+
+    def check(self, units: Sequence[Unit]) -> None:
+        """Raises `InputError` for what a rented machine cannot have, before it costs anything."""
+        if not self.launcher.dry_run:
+            self.sky.check()
+        for task in (task for unit in units for task in unit.tasks):
+            model = task.config.model
+            if model.path and not model.path.startswith("package:") and Path(model.path).expanduser().exists():
+                raise InputError(
+                    "model.path", model.path, "lies on this machine, which a rented one does not see", "Name a hub id"
+                )
+            cloud_files.pool_resources(task.config.resources, task.config.engine.device, 0)
+            tracker = task.config.tracker
+            if self.launcher.results == "wandb" and (tracker.kind != "wandb" or tracker.files == "none"):
+                raise InputError(
+                    "hydra.launcher.results", "wandb", "W&B is not to have the results' files", "tracker=wandb"
+                )
+        if self.launcher.results == "wandb" and "WANDB_API_KEY" not in cloud_files.secrets():
+            raise InputError("WANDB_API_KEY", None, "is not set, and results are to come home by W&B", "Set it")
+
+    def cluster(self) -> Mapping[str, Any]:
+        """The same command asks about the jobs later."""
+        known: dict[str, Any] = {"kind": "sky", "command": list(self.launcher.sky), "results": self.launcher.results}
+        if self.launcher.results == "wandb" and self._units:
+            known["tracker"] = plain(self._units[0].tasks[0].config.tracker)
+        return known
+
+    def code(self, folder: Path) -> Path:
+        """The code, and which packages it needs."""
+        return snapshot.take(folder, {"requirements.txt": cloud_files.requirements()})
+
+    def array_name(self, name: str) -> str:
+        """A cluster's name may have small letters, digits and hyphens."""
+        return re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")
+
+    def array_size(self, members: Sequence[Unit], start: int) -> int:
+        """As many units as one variable holds."""
+        size = len(members) - start
+        while size > 1 and len(self._parcel(members[start : start + size])) > cloud_files.MOST:
+            size = -(-size // 2)
+        return size
+
+    def execute(self, units: Sequence[Unit], store: Store, report: Report, since: float) -> Stop:
+        """As every queue's, but for the pools: they end with the sweep, unless it goes on without being followed."""
+        if self.launcher.dry_run:
+            self.check(units)
+            stop = Stop()
+            stop.detached = self._write_files(units, store)
+            return stop
+        try:
+            return super().execute(units, store, report, since)
+        except BaseException:
+            # Nothing follows the jobs any more; machines that nobody watches cost money.
+            self.over(store)
+            raise
+
+    def submit(self, units: Sequence[Unit], store: Store, since: float, exclude: Any = ()) -> int:
+        """Submit; the store is what the parcels are made from."""
+        self._store, self._units = store, tuple(units)
+        return super().submit(units, store, since, exclude)
+
+    def send(
+        self, folder: Path, array: Array, code: Path, durations: Durations, exclude: list[str], began: float
+    ) -> str:
+        """Make the pool, or bring it up to date, and submit one array to it; the ids of its jobs."""
+        config = array.units[0].tasks[0].config
+        pool = cloud_files.pool_name(self.launcher, config.resources, config.engine.device)
+        models = [task.config for unit in self._units for task in unit.tasks]
+        self._apply(pool, config, code, models, folder)
+        file = folder / f"{array.name}.job.yaml"
+        write_text(file, self._job_yaml(array))
+        self.sky.launch(pool, file, len(array.units), cloud_files.secrets())
+        ids = self.sky.named([array.name])
+        if not ids or array.name not in ids:
+            raise ClusterError(f"SkyPilot took the jobs of {array.name} and does not list them; see lbi status")
+        return ids[array.name]
+
+    def bring_home(self, store: Store, jobs: Sequence[UnitJob], states: Mapping[str, Job]) -> None:
+        """Read the logs of jobs that run or are over, and put what has arrived into the store."""
+        now = time.monotonic()
+        due = []
+        for job in jobs:
+            state = states[job.job]
+            running = state.state in RUNNING and now - self._read_at.get(job.job, -1e9) >= self.launcher.logs_s
+            if running or (state.ended and state.state not in HOPELESS):
+                due.append(job)
+                self._read_at[job.job] = now
+        if due:
+            self._home(store).read(self.sky, due)
+
+    def endings(self, store: Store, job: UnitJob, state: Job, cells: list[CellRef]) -> list[Ending] | None:
+        """The run that was in progress is the one that the log says had begun; None while the log cannot be had."""
+        known = self._home(store).received.get(job.job)
+        if known is None and state.state not in HOPELESS and state.state != "CANCELLED":
+            self.unreadable[job.job] = self.unreadable.get(job.job, 0) + 1
+            if self.unreadable[job.job] < UNREADABLE:
+                return None
+        begun = known.noted(homing.BEGUN) if known else {}
+        status, reason = verdict(job, state)
+        if known is None and status == "lost":
+            reason += "; its log cannot be had"
+        return [
+            Ending(cell, status, reason, None, elsewhere=True)
+            if cell.run_id in begun
+            else Ending(cell, "cancelled" if status == "cancelled" else "", reason, None)
+            for cell in cells
+        ]
+
+    def hopeless(self, job: UnitJob, state: Job) -> str:
+        """Why the runs of a job that is over would not come home the next time either."""
+        if state.state in HOPELESS:
+            said = f": {state.reason}" if state.reason else ""
+            return f"SkyPilot ended job {job.job} as {state.state}{said}; see sky jobs logs --controller"
+        known = self._homecoming.received.get(job.job) if self._homecoming else None
+        if known is None:
+            return ""
+        told = [*known.of(homing.REFUSAL).values(), *known.of(homing.TOO_LARGE).values()]
+        return "; ".join(str(parcel.unpack(text)["reason"]) for text in told)
+
+    def superseded(self, job: UnitJob, state: Job, done: int) -> bool:
+        """A job that was begun anew on another machine would measure again what has come home."""
+        restarts = self.sky.recovered.get(job.job, 0)
+        before = self._restarts.get(job.job, 0)
+        self._restarts[job.job] = restarts
+        if restarts > before and self._homecoming:
+            # Its log is that of its newest start.
+            self._homecoming.received.pop(job.job, None)
+        return restarts > before and done > 0
+
+    def waited(self, job: UnitJob, waited_s: float, limit_s: float) -> bool:
+        """Rent the next type of GPU in place of one that could not be had; False where there is none left."""
+        unit = next((unit for unit in self._units if any(t.run_id == job.cells[0].run_id for t in unit.tasks)), None)
+        if unit is None or self._store is None:
+            return False
+        config = unit.tasks[0].config
+        pool = cloud_files.pool_name(self.launcher, config.resources, config.engine.device)
+        with self._applying:
+            number = self._candidate.get(pool, 0) + 1
+            kinds = cloud_files.candidates(config.resources)
+            if number >= len(kinds):
+                return False
+            self._candidate[pool] = number
+            print(f"No {kinds[number - 1]} in {limit_s:g} s: renting {kinds[number]}", flush=True)
+            models = [task.config for unit in self._units for task in unit.tasks]
+            code = self.code(self._store.sweep_folder(self.sweep))
+            self._apply(pool, config, code, models, job.submission)
+        return True
+
+    def over(self, store: Store) -> None:
+        """End the pools that this sweep has used, but for those that others still use."""
+        if not self.launcher.down:
+            return
+        names = Submissions(store, self.sweep).array_names()
+        for pool, record in list(self.pools.items()):
+            others = self.sky.busy(pool, besides=names)
+            if others:
+                print(f"The pool {pool} stays: {', '.join(sorted(set(others)))} has jobs in it", flush=True)
+                continue
+            try:
+                self.sky.down(pool)
+                record.downed()
+                print(f"Ended the pool {pool}", flush=True)
+            except ClusterError as error:
+                again = f"python -m lbi cancel {self.sweep} --down --store {store.root}"
+                print(f"THE POOL {pool} MAY STILL COST MONEY: {error}. Try: {again}", flush=True)
+
+    def _apply(self, pool: str, config: Any, code: Path, models: Sequence[Any], folder: Path) -> None:
+        file = folder / f"{pool}.pool.yaml"
+        candidate = self._candidate.get(pool, 0)
+        write_text(file, cloud_files.pool_yaml(self.launcher, config, str(code), models, candidate))
+        if self._store is not None:
+            # Before it is made: a driver that dies in between leaves a note of what may be up.
+            self.pools[pool] = PoolRecord.applied(self._store, pool, self.launcher.sky, self.sweep)
+        self.sky.apply(pool, file, cloud_files.secrets())
+
+    def _home(self, store: Store) -> Homecoming:
+        if self._homecoming is None:
+            tracker = next((task.config.tracker for unit in self._units for task in unit.tasks), None)
+            by_wandb = tracker if self.launcher.results == "wandb" else None
+            self._homecoming = Homecoming(store, self.sweep, by_wandb)
+        return self._homecoming
+
+    def _parcel(self, units: Sequence[Unit]) -> str:
+        if self._store is None:
+            raise InputError("store", None, "is not open")
+        return pack_units(self._store, self.sweep, units, self.launcher.results, self.launcher.max_result_kb)
+
+    def _job_yaml(self, array: Array) -> str:
+        config = array.units[0].tasks[0].config
+        return cloud_files.job_yaml(self.launcher, config, array.name, self._parcel(array.units), len(array.units))
+
+    def _write_files(self, units: Sequence[Unit], store: Store) -> str:
+        """pool.yaml and job.yaml of each array, below the sweep's folder; where they are."""
+        folder = store.sweep_folder(self.sweep) / "cloud"
+        self._store, self._units = store, tuple(units)
+        code = self.code(store.sweep_folder(self.sweep))
+        models = [task.config for unit in units for task in unit.tasks]
+        for array in self._arrays(units, "000"):
+            config = array.units[0].tasks[0].config
+            pool = cloud_files.pool_name(self.launcher, config.resources, config.engine.device)
+            write_text(folder / f"{pool}.pool.yaml", cloud_files.pool_yaml(self.launcher, config, str(code), models))
+            write_text(folder / f"{array.name}.job.yaml", self._job_yaml(array))
+        return f"Files for SkyPilot: {folder}"
