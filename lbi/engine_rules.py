@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lbi import environment
 from lbi.config import LbiConfig
 from lbi.engines import batch_problem
 from lbi.model_files import ModelFacts
@@ -15,7 +14,7 @@ from lbi.rule_table import Machine, rule
 
 @rule("a GPU is found by nvidia-smi or not at all")
 def gpu_is_there(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str | None:
-    if machine.device == "cuda" and not environment.gpus():
+    if machine.device == "cuda" and not machine.has_gpu:
         return "engine.device=cuda, and this machine shows no NVIDIA GPU"
     return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from functools import cache
@@ -128,6 +129,13 @@ def packages() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def required_packages() -> list[str]:
+    """Names of the packages that lbi needs, with those that it needs on a GPU."""
+    lines = metadata.requires("lbi") or []
+    wanted = [line for line in lines if "extra ==" not in line or "gpu" in line.partition("extra ==")[2]]
+    return [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in wanted]
 
 
 @cache

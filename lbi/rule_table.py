@@ -15,19 +15,22 @@ from lbi.model_files import ModelFacts
 class Machine:
     """What a rule may ask of the machine that will run the cell.
 
-    `capability` is the GPU's compute capability (9.0 for an H100); None where it is not known yet.
+    `capability` is the GPU's compute capability (9.0 for an H100); None where it is not known yet, as it is of a
+    node that the plan does not see. `has_gpu` is False only where there is certainly none.
     """
 
     device: str
     packages: Mapping[str, str]
     has_compiler: bool
     capability: float | None = None
+    has_gpu: bool = True
 
     @classmethod
     def here(cls, device: str) -> Machine:
         """This machine, for runs on `device` (cpu or cuda)."""
         compiler = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
-        return cls(device, environment.packages(), compiler, environment.capability() if device == "cuda" else None)
+        capability = environment.capability() if device == "cuda" else None
+        return cls(device, environment.packages(), compiler, capability, bool(environment.gpus()))
 
 
 Check = Callable[[LbiConfig, ModelFacts, Machine], str | None]

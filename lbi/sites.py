@@ -8,7 +8,7 @@ environment has a stand-in name, and results are found by where the sweep's work
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,8 +75,7 @@ class Cluster:
             env_ids = [digest("env", {**found, **own}) for found in seen]
             stand_in = digest("env", {"site": key, "lbi": lbi.__version__, **own})
             self._known[key] = Site(
-                # The login node's own GPU, if it has one, says nothing about the nodes'.
-                replace(rules.Machine.here(config.engine.device), capability=None),
+                self._machine(config, seen),
                 tuple(dict.fromkeys(env_ids)) or (stand_in,),
                 frozenset(
                     (found["gpu"],) if "gpu" in found else (found["cpu"], found["cores"], found.get("slots", 1))
@@ -84,6 +83,10 @@ class Cluster:
                 ),
             )
         return self._known[key]
+
+    def _machine(self, config: LbiConfig, seen: Sequence[Mapping[str, Any]]) -> rules.Machine:
+        """What is known of the nodes. The login node's own GPU, or that it has none, says nothing about theirs."""
+        return replace(rules.Machine.here(config.engine.device), capability=None, has_gpu=True)
 
     def _own(self, config: LbiConfig) -> dict[str, Any]:
         """What a job has from here. A container brings its own packages; else it has those that are installed here."""
@@ -104,6 +107,12 @@ class Cluster:
 
 class Rented(Cluster):
     """Machines in a cloud or in Kubernetes: their packages come from an image, or are installed there."""
+
+    def _machine(self, config: LbiConfig, seen: Sequence[Mapping[str, Any]]) -> rules.Machine:
+        """With the packages that were found there, or else those that a setup of lbi for a GPU brings."""
+        brought = {**dict.fromkeys(environment.required_packages(), ""), **environment.packages()}
+        packages = seen[0]["packages"] if seen else brought
+        return rules.Machine(config.engine.device, packages, has_compiler=True)
 
     def _own(self, config: LbiConfig) -> dict[str, Any]:
         return {"lbi": lbi.__version__}

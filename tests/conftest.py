@@ -23,7 +23,8 @@ sys.path.append(str(ROOT / "lbi" / "plugins"))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests on a SLURM cluster come last: the others answer sooner, and no cluster runs beside them."""
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is not None)
+    late = ("cloud", "slurm")
+    items.sort(key=lambda item: [item.get_closest_marker(marker) is not None for marker in reversed(late)])
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ STORE, UNITS = "/var/lib/lbi", "/etc/lbi"
 
 FAILURES = [
     # A pod that a node drain or a preemption ended says nothing about its unit.
-    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
+    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     # The job said that it cannot do what it is asked to: it could not the next time either.
     {"action": "FailIndex", "onExitCodes": {"containerName": "lbi", "operator": "In", "values": [2]}},
 ]

@@ -66,6 +66,11 @@ def main(folder: Path, script: str) -> None:
         Path(request["greedy"]).mkdir(parents=True)
     elif script == "hang":
         time.sleep(600)
+    elif script == "gate":
+        # Until the test opens it, or for good.
+        while not Path(os.environ["LBI_TEST_GATE"]).exists():
+            time.sleep(0.1)
+        good(folder)
     elif script == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)

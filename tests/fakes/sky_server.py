@@ -57,6 +57,11 @@ class PoolState:
     made: int = 0
     began: float = field(default_factory=time.time)
 
+    @property
+    def workers(self) -> int:
+        """As the client's own YAML has it."""
+        return int(self.task["service"]["pool"]["workers"])
+
 
 @dataclass
 class JobState:
@@ -181,7 +186,7 @@ class FakeSky:
 
     def _apply(self, sent: dict[str, Any]) -> None:
         documents = [found for found in yaml.safe_load_all(sent["task"]) if found]
-        task = next(found for found in documents if "pool" in found or "service" in found)
+        task = next(found for found in documents if "service" in found)
         with self.lock:
             known = self.pools.get(sent["pool_name"])
             if known is not None:
@@ -273,8 +278,7 @@ class FakeSky:
         while not self._stopping.wait(0.1):
             with self.lock:
                 for pool in self.pools.values():
-                    wanted = pool.task.get("pool") or pool.task["service"]
-                    while len(pool.machines) < int(wanted.get("workers", 1)) and not self.no_machines:
+                    while len(pool.machines) < pool.workers and not self.no_machines:
                         pool.machines.append(self._machine(pool))
                     busy = [job.machine for job in self.jobs.values() if job.machine and job.status == "RUNNING"]
                     free = [machine for machine in pool.machines if machine not in busy]
@@ -388,14 +392,13 @@ def _variables(home: Path, given: dict[str, str]) -> dict[str, str]:
 
 
 def _told(pool: PoolState) -> dict[str, Any]:
-    wanted = pool.task.get("pool") or pool.task["service"]
     return {
         "name": pool.name,
         "uptime": pool.began,
         "status": "READY" if pool.machines else "NO_REPLICA",
         "active_versions": [1],
         "endpoint": None,
-        "policy": f"Fixed-size ({wanted.get('workers', 1)} workers)",
+        "policy": f"Fixed-size ({pool.workers} workers)",
         "requested_resources_str": "",
         "load_balancing_policy": None,
         "pool": True,
