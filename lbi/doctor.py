@@ -136,6 +136,8 @@ def _tools() -> None:
     print(f"Compiler   {compiler or 'no C++ compiler: compiler=inductor on a CPU cannot run'}")
     slurm = shutil.which("sbatch")
     print(f"SLURM      {slurm or 'no sbatch: hydra/launcher=lbi_slurm cannot run from here'}")
+    sky = shutil.which("sky")
+    print(f"SkyPilot   {sky or 'no sky: hydra/launcher=lbi_cloud needs hydra.launcher.sky (docs/cloud.md)'}")
     key = "an API key in the environment" if os.environ.get("WANDB_API_KEY") else "no WANDB_API_KEY: see wandb login"
     print(f"W&B        {key}; without a key results are kept offline")
 

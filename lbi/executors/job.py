@@ -32,11 +32,12 @@ from lbi.identity import digest
 from lbi.model_files import inspect
 from lbi.parcel import Damaged, unpack
 from lbi.schedule import Unit
+from lbi.slots import Slot
 from lbi.store import SCHEMA, AlreadyRunning, Store, job_name, node_name
 from lbi.sweep_folder import note_environment, read_plan
 from lbi.task_queue import TaskQueue
 from lbi.typed import build
-from lbi.worker import Event, Task, UnitFile, Work, log_line
+from lbi.worker import Event, Task, UnitFile, Work, log_line, run_slot
 
 COUNTED_BY = ("SLURM_ARRAY_TASK_ID", "SKYPILOT_JOB_RANK", "JOB_COMPLETION_INDEX")
 """Variables in which SLURM, SkyPilot and Kubernetes tell a job its number."""
@@ -158,8 +159,14 @@ def _run(parcel: Parcelled, tasks: list[Task], store: Store, home: Home, stop: S
 
     recorded = {"git": parcel.unit.git, "host": node_name()}
     for batch in batches([Unit(parcel.name, tuple(tasks))]):
-        if not stop.wanted:
-            run_batch(batch, Work(TaskQueue(batch), store, report, stop, parcel.unit.since, recorded=recorded))
+        work = Work(TaskQueue(batch), store, report, stop, parcel.unit.since, recorded=recorded)
+        if stop.wanted:
+            return
+        if batch[0].config.engine.device == "cuda":
+            run_batch(batch, work)
+        else:
+            # The whole machine, which is what the env_id says.
+            run_slot(work, Slot())
 
 
 def refused(parcel: Parcelled) -> str:
