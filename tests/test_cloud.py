@@ -157,7 +157,6 @@ def test_detached_looked_at_collected_and_ended_from_other_processes(bench: Clou
     assert "job sky-1" in said
     assert re.search(r"The pool lbi-local-\w+ is up \(READY, \d/\d machines\).*for \$0\.\d\d until now", said), said
     assert "cancel test --down" in said
-    # The same command again follows the job that lives, and submits no other.
     bench.gate.touch()
     bench.wait_jobs(1, "SUCCEEDED")
     code, said = bench.verb("collect", "test")
@@ -175,6 +174,20 @@ def test_detached_looked_at_collected_and_ended_from_other_processes(bench: Clou
     assert "Ended the pool" in said
     assert server.pools == {}
     assert "is up" not in bench.verb("status", "test")[1]
+
+
+def test_the_same_command_follows_the_jobs_that_live_and_ends_their_machines(
+    bench: CloudBench, server: FakeSky
+) -> None:
+    code, said = bench.run("workload.new_tokens=8,9", "sweep.wait=false", scripts="9=gate")
+    assert code == 0, said
+    bench.wait_jobs(1, "RUNNING")
+    bench.gate.touch()
+    code, said = bench.run("workload.new_tokens=8,9", scripts="9=gate")
+    assert code == 0, said
+    assert bench.statuses() == ["ok", "ok"]
+    assert len(server.jobs) == 1
+    assert server.pools == {}
 
 
 def test_a_running_sweep_is_cancelled_with_its_machines(bench: CloudBench, server: FakeSky) -> None:

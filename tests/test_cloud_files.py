@@ -479,26 +479,27 @@ def test_the_next_gpu_is_rented_where_the_first_cannot_be_had(
     assert [pool["resources"]["accelerators"] for pool in applied] == ["H100:1", "H100-SXM:1", "A100-80GB:1"]
     # It is one pool still, with the same code.
     assert len({pool["workdir"] for pool in applied}) == 1
-    assert [record.name for record in pools.up(store, "test")] == list(executor.pools)
+    assert len(pools.up(store, "test")) == 1
 
 
 def test_a_pool_that_others_use_stays(
     rented: Callable[..., Plan], store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     executor = CloudExecutor("test", SweepConfig(), CloudLauncher())
-    executor.pools = {"p": pools.PoolRecord.applied(store, "p", ["sky"], "test")}
+    pools.PoolRecord.applied(store, "p", ["sky"], "test")
+    pools.PoolRecord.applied(store, "q", ["sky"], "other")
     ended: list[str] = []
     monkeypatch.setattr(executor.sky, "down", ended.append)
     monkeypatch.setattr(executor.sky, "busy", lambda pool, besides: ["lbi-other-001"])
     executor.over(store)
     assert ended == []
     assert "stays: lbi-other-001 has jobs in it" in capsys.readouterr().out
-    assert len(pools.up(store)) == 1
+    assert len(pools.up(store)) == 2
     # Whether others use it is not known: what costs money is ended.
     monkeypatch.setattr(executor.sky, "busy", lambda pool, besides: None)
     executor.over(store)
     assert ended == ["p"]
-    assert pools.up(store) == []
+    assert [record.name for record in pools.up(store)] == ["q"]
 
 
 def test_a_recovered_job_with_results_at_home_is_ended_once(store: Store) -> None:

@@ -19,10 +19,9 @@ from lbi import homing, parcel, snapshot
 from lbi.children import Stop
 from lbi.config import SweepConfig
 from lbi.errors import ClusterError, InputError
-from lbi.executors import cloud_files
+from lbi.executors import cloud_files, pools
 from lbi.executors.cloud_files import CloudLauncher
 from lbi.executors.homecoming import Homecoming
-from lbi.executors.pools import PoolRecord
 from lbi.executors.queue_executor import QueueExecutor, forecast_text
 from lbi.executors.reconcile import Ending, verdict
 from lbi.executors.scheduler import RUNNING, Job
@@ -48,7 +47,6 @@ class CloudExecutor(QueueExecutor):
         super().__init__(sweep, settings, self.sky)
         self.ask_s = (launcher.poll_s, launcher.poll_s)
         self.unreadable: dict[str, int] = {}
-        self.pools: dict[str, PoolRecord] = {}
         self._read_at: dict[str, float] = {}
         self._restarts: dict[str, int] = {}
         self._candidate: dict[str, int] = {}
@@ -219,7 +217,8 @@ class CloudExecutor(QueueExecutor):
         if not self.launcher.down:
             return
         names = Submissions(store, self.sweep).array_names()
-        for pool, record in list(self.pools.items()):
+        for record in pools.up(store, self.sweep):
+            pool = record.name
             others = self.sky.busy(pool, besides=names)
             if others:
                 print(f"The pool {pool} stays: {', '.join(sorted(set(others)))} has jobs in it", flush=True)
@@ -238,7 +237,7 @@ class CloudExecutor(QueueExecutor):
         write_text(file, cloud_files.pool_yaml(self.launcher, config, str(code), models, candidate))
         if self._store is not None:
             # Before it is made: a driver that dies in between leaves a note of what may be up.
-            self.pools[pool] = PoolRecord.applied(self._store, pool, self.launcher.sky, self.sweep)
+            pools.PoolRecord.applied(self._store, pool, self.launcher.sky, self.sweep)
         self.sky.apply(pool, file, cloud_files.secrets())
 
     def _home(self, store: Store) -> Homecoming:

@@ -29,6 +29,9 @@ PASSED = ("WANDB_BASE_URL", "WANDB_ENTITY", "HF_ENDPOINT")
 
 VENV = "~/.lbi-venv/bin/python"
 
+OF_IMAGE = "$(command -v /opt/lbi/bin/python python3 | head -n 1)"
+"""lbi's own image has its Python there; a shell that comes in by ssh does not get the image's PATH."""
+
 INFRA = re.compile(r"[a-z0-9]+(/[^/\s]+){0,2}", re.IGNORECASE)
 GPU = re.compile(r"[A-Za-z0-9][\w.-]*")
 
@@ -58,7 +61,7 @@ class CloudLauncher:
     )
     down: bool = knob("end the pool when a sweep that is followed is over, also if it failed", default=True)
     python: str | None = knob(
-        "Python on the machines; null: python3 of resources.image, else of an environment made there", default=None
+        "Python on the machines; null: that of resources.image, else of an environment made there", default=None
     )
     dry_run: bool = knob("write pool.yaml and job.yaml, and submit nothing", default=False)
 
@@ -131,7 +134,7 @@ def pool_yaml(
 
 def job_yaml(launcher: CloudLauncher, config: LbiConfig, name: str, units: str, count: int) -> str:
     """job.yaml of an array: the same for each of its jobs, which know their number."""
-    python = launcher.python or ("python3" if config.resources.image else VENV)
+    python = launcher.python or (OF_IMAGE if config.resources.image else VENV)
     content: dict[str, Any] = {
         "name": name,
         "envs": {"PYTHONUNBUFFERED": "1", **passed(), "LBI_UNITS": units},
@@ -163,7 +166,7 @@ def requirements() -> str:
 def _setup(launcher: CloudLauncher, resources: ResourcesConfig, models: Sequence[LbiConfig]) -> list[str]:
     """Shell lines that a machine runs once, in the folder with the code."""
     if launcher.python or resources.image:
-        python, lines = launcher.python or "python3", []
+        python, lines = launcher.python or OF_IMAGE, []
     else:
         python = VENV
         lines = ["python3 -m venv --system-site-packages ~/.lbi-venv", f"{VENV} -m pip install -q -r requirements.txt"]
