@@ -176,14 +176,22 @@ def test_detached_looked_at_collected_and_ended_from_other_processes(bench: Clou
     assert "is up" not in bench.verb("status", "test")[1]
 
 
-def test_the_same_command_follows_the_jobs_that_live_and_ends_their_machines(
-    bench: CloudBench, server: FakeSky
+@pytest.mark.parametrize("over", [False, True])
+def test_the_same_command_follows_what_lives_and_fetches_what_is_over(
+    bench: CloudBench, server: FakeSky, over: bool
 ) -> None:
     code, said = bench.run("workload.new_tokens=8,9", "sweep.wait=false", scripts="9=gate")
     assert code == 0, said
     bench.wait_jobs(1, "RUNNING")
-    bench.gate.touch()
-    code, said = bench.run("workload.new_tokens=8,9", scripts="9=gate")
+    if over:
+        bench.gate.touch()
+        bench.wait_jobs(1, "SUCCEEDED")
+        code, said = bench.run("workload.new_tokens=8,9", scripts="9=gate")
+    else:
+        process = bench.sweep("workload.new_tokens=8,9", scripts="9=gate")
+        bench.wait_home(1)
+        bench.gate.touch()
+        code, said = finish(process)
     assert code == 0, said
     assert bench.statuses() == ["ok", "ok"]
     assert len(server.jobs) == 1

@@ -19,10 +19,10 @@ from lbi import homing, parcel, snapshot
 from lbi.children import Stop
 from lbi.config import SweepConfig
 from lbi.errors import ClusterError, InputError
-from lbi.executors import cloud_files, pools
+from lbi.executors import cloud_files, homecoming, pools
 from lbi.executors.cloud_files import CloudLauncher
 from lbi.executors.homecoming import Homecoming
-from lbi.executors.queue_executor import QueueExecutor, forecast_text
+from lbi.executors.queue_executor import QueueExecutor, forecast_text, without
 from lbi.executors.reconcile import Ending, verdict
 from lbi.executors.scheduler import RUNNING, Job
 from lbi.executors.sky import HOPELESS, Sky
@@ -31,6 +31,7 @@ from lbi.files import write_text
 from lbi.schedule import Durations, Unit
 from lbi.store import Store
 from lbi.submissions import Array, CellRef, Submissions, UnitJob
+from lbi.sweep_folder import environments, find_result
 from lbi.typed import plain
 from lbi.worker import Report
 
@@ -121,9 +122,21 @@ class CloudExecutor(QueueExecutor):
             raise
 
     def submit(self, units: Sequence[Unit], store: Store, since: float, exclude: Any = ()) -> int:
-        """Submit; the store is what the parcels are made from."""
-        self._store, self._units = store, tuple(units)
-        return super().submit(units, store, since, exclude)
+        """Submit what no job has and none has made: what an earlier process let go may be over, and not be home yet."""
+        first = self._store is None
+        if first:
+            self._store, self._units = store, tuple(units)
+        if first and self.settings.mode != "force":
+            said = homecoming.collect(store, self.sweep)
+            if said:
+                print(f"From jobs before: {said}", flush=True)
+        found = environments(store, self.sweep)
+        results = {
+            task.run_id: find_result(store, found, task.run_id, task.env_id) for unit in units for task in unit.tasks
+        }
+        made = {run_id for run_id, result in results.items() if result is not None and result.finished > since}
+        left = without(units, made)
+        return super().submit(left, store, since, exclude) if left else 0
 
     def send(
         self, folder: Path, array: Array, code: Path, durations: Durations, exclude: list[str], began: float

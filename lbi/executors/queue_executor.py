@@ -131,7 +131,7 @@ class QueueExecutor:
             try:
                 queue = self._queue(submissions)
                 if submissions.adopt(queue):
-                    wanted = _without(units, submissions.living(queue))
+                    wanted = without(units, submissions.living(queue))
                     if not wanted:
                         return None, []
                     folder = submissions.try_begin()
@@ -208,7 +208,7 @@ def forecast_text(where: str, units: Sequence[Unit], store: Store) -> str:
     return f"{where}: {len(units)} jobs in {classes_text}{cards_text}; {time_text}, {sure}."
 
 
-def _without(units: Sequence[Unit], queued: set[str]) -> list[Unit]:
+def without(units: Sequence[Unit], queued: set[str]) -> list[Unit]:
     """The units less the runs that are queued already."""
     left = [replace(unit, tasks=tuple(task for task in unit.tasks if task.run_id not in queued)) for unit in units]
     return [unit for unit in left if unit.tasks]
