@@ -475,11 +475,60 @@ def test_the_next_gpu_is_rented_where_the_first_cannot_be_had(
     assert executor.submit([unit], store, 0.0) == 1
     (made,) = Submissions(store, "test").jobs()
     assert (made.job, made.cluster["kind"]) == ("sky-1", "sky")
-    assert [executor.waited(made, 1801.0, 1800.0) for _ in range(3)] == [True, True, False]
+    # Machines that are at work for other jobs are no reason to look for others.
+    assert executor.waited(made, 1801.0, 1800.0)
+    assert len(applied) == 1
+    for wanted in (True, True, False):
+        executor._progress_at -= 1801.0
+        assert executor.waited(made, 1801.0, 1800.0) == wanted
+        # Nor are many jobs that wait alike a reason to go on to the next but one.
+        assert executor.waited(made, 1801.0, 1800.0) == wanted
     assert [pool["resources"]["accelerators"] for pool in applied] == ["H100:1", "H100-SXM:1", "A100-80GB:1"]
     # It is one pool still, with the same code.
     assert len({pool["workdir"] for pool in applied}) == 1
     assert len(pools.up(store, "test")) == 1
+
+
+def test_a_pool_is_not_applied_again_as_it_is(
+    rented: Callable[..., Plan], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (unit,) = units_of(rented("resources=rented"), store)
+    applied: list[str] = []
+
+    def executor(workers: int) -> CloudExecutor:
+        made = CloudExecutor("test", SweepConfig(mode="force"), CloudLauncher(workers=workers))
+        monkeypatch.setattr(made.sky, "apply", lambda pool, file, secrets: applied.append(pool))
+        monkeypatch.setattr(made.sky, "launch", lambda *_: None)
+        monkeypatch.setattr(made.sky, "named", lambda names: dict.fromkeys(names, "sky-1"))
+        monkeypatch.setattr(made.sky, "jobs", lambda ids: {name: Job(name, "FAILED") for name in ids})
+        monkeypatch.setattr(made.sky, "pools", lambda names: up)
+        made.submit([unit], store, 0.0)
+        return made
+
+    up: list[Any] = [1]
+    first = executor(2)
+    first.submit([unit], store, 0.0)
+    executor(2)
+    assert len(applied) == 1
+    executor(3)
+    assert len(applied) == 2
+    # It was ended by hand.
+    up.clear()
+    executor(3)
+    assert len(applied) == 3
+
+
+def test_a_wrong_request_does_not_end_the_machines_of_the_one_before(
+    rented: Callable[..., Plan], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (unit,) = units_of(rented("resources=rented", "resources.clouds=[no cloud]"), store)
+    pools.PoolRecord.applied(store, "p", ["sky"], "test")
+    executor = CloudExecutor("test", SweepConfig(), CloudLauncher())
+    monkeypatch.setattr(executor.sky, "check", lambda: None)
+    monkeypatch.setattr(executor.sky, "down", pytest.fail)
+    with pytest.raises(InputError, match="no cloud"):
+        executor.execute([unit], store, lambda event: None, 0.0)
+    assert len(pools.up(store)) == 1
 
 
 def test_a_pool_that_others_use_stays(

@@ -9,9 +9,8 @@ gives what is missing to a new job, so that nothing that has come home is measur
 from __future__ import annotations
 
 import re
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +53,11 @@ class CloudExecutor(QueueExecutor):
         self._homecoming: Homecoming | None = None
         self._store: Store | None = None
         self._units: tuple[Unit, ...] = ()
-        self._applying = threading.Lock()
+        self._applied: set[str] = set()
+        self._progress_at = time.monotonic()
 
     def forecast(self, units: Sequence[Unit], store: Store) -> str:
-        """Jobs, machines and time that these units will take, in words; with `dry_run`, the files too."""
+        """Jobs, machines and time that these units will take, in words."""
         if not units:
             return ""
         text = forecast_text("Cloud", units, store)
@@ -117,8 +117,8 @@ class CloudExecutor(QueueExecutor):
         try:
             return super().execute(units, store, report, since)
         except BaseException:
-            # Nothing follows the jobs any more; machines that nobody watches cost money.
-            self.over(store)
+            # Machines that nobody watches cost money. Those of an earlier command may be at work for it.
+            self._end(store, self._applied)
             raise
 
     def submit(self, units: Sequence[Unit], store: Store, since: float, exclude: Any = ()) -> int:
@@ -157,6 +157,8 @@ class CloudExecutor(QueueExecutor):
     def bring_home(self, store: Store, jobs: Sequence[UnitJob], states: Mapping[str, Job]) -> None:
         """Read the logs of jobs that run or are over, and put what has arrived into the store."""
         now = time.monotonic()
+        if any(states[job.job].state in RUNNING for job in jobs):
+            self._progress_at = now
         due = []
         for job in jobs:
             state = states[job.job]
@@ -211,27 +213,34 @@ class CloudExecutor(QueueExecutor):
         unit = next((unit for unit in self._units if any(t.run_id == job.cells[0].run_id for t in unit.tasks)), None)
         if unit is None or self._store is None:
             return False
+        if time.monotonic() - self._progress_at <= limit_s:
+            # There are machines, at work for the jobs before it; or the next kind has just been asked for.
+            return True
         config = unit.tasks[0].config
         pool = cloud_files.pool_name(self.launcher, config.resources, config.engine.device)
-        with self._applying:
-            number = self._candidate.get(pool, 0) + 1
-            kinds = cloud_files.candidates(config.resources)
-            if number >= len(kinds):
-                return False
-            self._candidate[pool] = number
-            print(f"No {kinds[number - 1]} in {limit_s:g} s: renting {kinds[number]}", flush=True)
-            models = [task.config for unit in self._units for task in unit.tasks]
-            code = self.code(self._store.sweep_folder(self.sweep))
-            self._apply(pool, config, code, models, job.submission)
+        number = self._candidate.get(pool, 0) + 1
+        kinds = cloud_files.candidates(config.resources)
+        if number >= len(kinds):
+            return False
+        self._candidate[pool], self._progress_at = number, time.monotonic()
+        print(f"No {kinds[number - 1]} in {limit_s:g} s: renting {kinds[number]}", flush=True)
+        models = [task.config for unit in self._units for task in unit.tasks]
+        self._apply(pool, config, self.code(self._store.sweep_folder(self.sweep)), models, job.submission)
         return True
 
     def over(self, store: Store) -> None:
-        """End the pools that this sweep has used, but for those that others still use."""
-        if not self.launcher.down:
+        """End the pools that this sweep has used."""
+        self._end(store, [record.name for record in pools.up(store, self.sweep)])
+
+    def _end(self, store: Store, chosen: Collection[str]) -> None:
+        """End pools, but for those that others still use."""
+        if not self.launcher.down or not chosen:
             return
         names = Submissions(store, self.sweep).array_names()
         for record in pools.up(store, self.sweep):
             pool = record.name
+            if pool not in chosen:
+                continue
             others = self.sky.busy(pool, besides=names)
             if others:
                 print(f"The pool {pool} stays: {', '.join(sorted(set(others)))} has jobs in it", flush=True)
@@ -245,13 +254,20 @@ class CloudExecutor(QueueExecutor):
                 print(f"THE POOL {pool} MAY STILL COST MONEY: {error}. Try: {again}", flush=True)
 
     def _apply(self, pool: str, config: Any, code: Path, models: Sequence[Any], folder: Path) -> None:
+        if self._store is None:
+            raise InputError("store", None, "is not open")
         file = folder / f"{pool}.pool.yaml"
-        candidate = self._candidate.get(pool, 0)
-        write_text(file, cloud_files.pool_yaml(self.launcher, config, str(code), models, candidate))
-        if self._store is not None:
-            # Before it is made: a driver that dies in between leaves a note of what may be up.
-            pools.PoolRecord.applied(self._store, pool, self.launcher.sky, self.sweep)
-        self.sky.apply(pool, file, cloud_files.secrets())
+        text = cloud_files.pool_yaml(self.launcher, config, str(code), models, self._candidate.get(pool, 0))
+        write_text(file, text)
+        known = next((record for record in pools.up(self._store) if record.name == pool), None)
+        spec = parcel.sum_of(text)
+        # Before it is made: a driver that dies in between leaves a note of what may be up.
+        pools.PoolRecord.applied(self._store, pool, self.launcher.sky, self.sweep, spec)
+        same = known is not None and known.spec == spec
+        if not same or not (pool in self._applied or self.sky.pools([pool])):
+            # Applied again as it is, SkyPilot may replace machines that are at work.
+            self.sky.apply(pool, file, cloud_files.secrets())
+        self._applied.add(pool)
 
     def _home(self, store: Store) -> Homecoming:
         if self._homecoming is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,28 @@ class PoolRecord:
     sweeps: tuple[str, ...]
     applied_at: float
     down_at: float | None
+    spec: str = ""
+    """Sum of the YAML that it was applied with."""
 
     @classmethod
-    def applied(cls, store: Store, name: str, command: Sequence[str], sweep: str) -> PoolRecord:
-        """Note that a pool is about to be made, or brought up to date, for a sweep."""
+    def applied(cls, store: Store, name: str, command: Sequence[str], sweep: str, spec: str = "") -> PoolRecord:
+        """Note that a pool is about to be made, brought up to date or used for a sweep."""
         file = store.root / "pools" / f"{name}.json"
         known = _parsed(file)
         up = known if known and known.down_at is None else None
         sweeps = tuple(dict.fromkeys([*(up.sweeps if up else ()), sweep]))
-        record = cls(file, name, tuple(command), sweeps, up.applied_at if up else time.time(), None)
+        record = cls(file, name, tuple(command), sweeps, up.applied_at if up else time.time(), None, spec)
         record._write()
         return record
 
     def downed(self) -> None:
         """Note that the pool has been ended."""
-        PoolRecord(self.file, self.name, self.command, self.sweeps, self.applied_at, time.time())._write()
+        replace(self, down_at=time.time())._write()
 
     def _write(self) -> None:
         content: dict[str, Any] = {"schema": SCHEMA, "pool": self.name, "command": list(self.command)}
         content |= {"sweeps": list(self.sweeps), "applied": self.applied_at, "down": self.down_at}
+        content["spec"] = self.spec
         write_json(self.file, content)
 
 
@@ -91,4 +94,4 @@ def _parsed(file: Path) -> PoolRecord | None:
     if known is None:
         return None
     sweeps, command = tuple(known["sweeps"]), tuple(known["command"])
-    return PoolRecord(file, known["pool"], command, sweeps, float(known["applied"]), known["down"])
+    return PoolRecord(file, known["pool"], command, sweeps, float(known["applied"]), known["down"], known["spec"])
