@@ -29,7 +29,7 @@ from lbi.executors.unit_parcel import pack_units
 from lbi.files import write_text
 from lbi.schedule import Durations, Unit
 from lbi.store import Store
-from lbi.submissions import Array, CellRef, Submissions, UnitJob
+from lbi.submissions import Array, CellRef, SchedulerSilent, Submissions, UnitJob
 from lbi.sweep_folder import environments, find_result
 from lbi.typed import plain
 from lbi.worker import Report
@@ -126,7 +126,10 @@ class CloudExecutor(QueueExecutor):
         first = self._store is None
         if first:
             self._store, self._units = store, tuple(units)
+        living: set[str] = set()
         if first and self.settings.mode != "force":
+            # In this order: a job that ends meanwhile is one that lives, and is followed to its end.
+            living = self._living(store)
             said = homecoming.collect(store, self.sweep)
             if said:
                 print(f"From jobs before: {said}", flush=True)
@@ -135,8 +138,15 @@ class CloudExecutor(QueueExecutor):
             task.run_id: find_result(store, found, task.run_id, task.env_id) for unit in units for task in unit.tasks
         }
         made = {run_id for run_id, result in results.items() if result is not None and result.finished > since}
-        left = without(units, made)
+        left = without(units, made | living)
         return super().submit(left, store, since, exclude) if left else 0
+
+    def _living(self, store: Store) -> set[str]:
+        submissions = Submissions(store, self.sweep)
+        try:
+            return submissions.living(self._queue(submissions))
+        except SchedulerSilent as silent:
+            raise ClusterError(f"nothing was submitted: {silent}. The same command tries again") from silent
 
     def send(
         self, folder: Path, array: Array, code: Path, durations: Durations, exclude: list[str], began: float
