@@ -530,7 +530,12 @@ addEventListener("load", () => setTimeout(async () => {
     list.value = value;
     list.dispatchEvent(new Event("input", { bubbles: true }));
   };
-  const seen = { width: innerWidth, page: document.documentElement.scrollWidth, ready: performance.now() };
+  const seen = { width: innerWidth, page: document.documentElement.scrollWidth };
+  seen.before = document.querySelectorAll(".chart svg").length;
+  // What is printed is drawn, in view or not.
+  dispatchEvent(new Event("beforeprint"));
+  const wanting = () => [...document.querySelectorAll(".chart")].some((chart) => !chart.querySelector("svg"));
+  for (let turn = 0; turn < 30 && wanting(); turn++) await pause();
   seen.charts = document.querySelectorAll(".chart svg").length;
   seen.ranked = shown();
   [...document.querySelectorAll("#cells-1 thead button")].find((head) => head.textContent === "cell").click();
@@ -640,6 +645,56 @@ def test_a_reader_sorts_points_filters_groups_and_compares(tmp_path: Path, brows
     assert "text number 0" in seen["beside"]
     assert "text number 2" in seen["beside"]
     assert "The same in all: " in seen["beside"]
+
+
+THOUSAND = """
+addEventListener("load", () => setTimeout(() => {
+  const body = document.querySelector("#cells-1 tbody");
+  const rows = () => [...body.rows].filter((row) => row.id && !row.hidden);
+  const seen = { rows: rows().length, drawn: document.querySelectorAll(".chart svg").length };
+  // A table that is far from view has no layout, and its rows must be found all the same.
+  const last = rows().at(-1);
+  last.querySelector("button.more").focus();
+  seen.focused = document.activeElement.closest("tr").id === last.id;
+  last.scrollIntoView();
+  seen.reached = last.getBoundingClientRect().height > 0 && last.getBoundingClientRect().top < innerHeight;
+  last.querySelector("button.more").click();
+  seen.details = last.nextElementSibling.innerText;
+  const heads = [...document.querySelectorAll("#cells-1 thead button")];
+  heads.find((head) => head.textContent === "cell").click();
+  seen.planned = rows().map((row) => Number(row.id.slice(1)));
+  heads.find((head) => head.textContent === "mean KLD").click();
+  seen.least = rows()[0].id;
+  const controls = document.querySelector(".filter");
+  controls.querySelector("input").value = "group_size=77";
+  controls.querySelector("input").dispatchEvent(new Event("input", { bubbles: true }));
+  seen.found = rows().map((row) => row.id).sort();
+  seen.said = controls.querySelector("output").textContent;
+  document.body.dataset.seen = JSON.stringify(seen);
+}, 700));
+"""
+
+
+def test_a_thousand_rows_can_be_reached_sorted_and_filtered(
+    tmp_path: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Sweep(tmp_path / "store")
+    for index in range(1000):
+        numbers = numbered(100.0 + (index * 7919) % 1000, 0.001 * (1 + (index * 31) % 1000), 270e6)
+        made.result(made.cell(f"quantizer{index % 12} group_size={index}"), metrics=numbers)
+    monkeypatch.setattr(f"{__name__}.READER", THOUSAND)
+    seen = browser.read(made.write(), "--window-size=1300,700")
+    assert seen["rows"] == 1000
+    assert seen["drawn"] <= 2
+    assert seen["focused"]
+    assert seen["reached"]
+    # The slowest cell is the last of the ranked rows.
+    slowest = min(range(1000), key=lambda index: (index * 7919) % 1000)
+    assert f"{slowest:012x}" in seen["details"]
+    assert seen["planned"] == list(range(1000))
+    assert seen["least"] == "c0"
+    assert seen["found"] == sorted(["c77", *(f"c77{digit}" for digit in range(10))])
+    assert seen["said"] == "11 of 1000 rows"
 
 
 def test_a_narrow_window_scrolls_the_table_and_not_the_page(tmp_path: Path, browser: Browser) -> None:

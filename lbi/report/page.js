@@ -234,26 +234,55 @@
     };
   };
 
-  // One chart after the other, so that the page can be read and used while they are drawn.
+  // A chart costs a quarter of a second where there are a thousand cells, so it is drawn when it is about to be seen,
+  // one after the other, and the page can be read and used meanwhile. What is printed is seen.
+  const boxes = [...document.querySelectorAll(".chart")];
+  const drawn = new Set();
+  const waiting = [];
   let drawing = 0;
-  const draw = async () => {
-    if (!window.vegaEmbed) return;
-    const mine = ++drawing;
-    for (const { view } of views.splice(0)) view.finalize();
+
+  const drawOne = async (box) => {
+    const table = box.dataset.table;
+    const before = kept[table];
     const theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-    for (const box of document.querySelectorAll(".chart")) {
-      await new Promise((done) => setTimeout(done));
-      if (mine !== drawing) return;
-      const table = box.dataset.table;
-      const spec = { ...charts.specs[box.dataset.chart], datasets: { cells: recordsOf(table) } };
-      const options = { mode: "vega-lite", actions: false, renderer: "svg", ast: true, config: look(box), tooltip: { theme } };
-      try {
-        views.push({ view: await window.vegaEmbed(box, spec, options), spec, table });
-      } catch (error) {
-        box.textContent = `The chart could not be drawn: ${error.message}`;
-      }
+    const spec = { ...charts.specs[box.dataset.chart], datasets: { cells: recordsOf(table) } };
+    const options = { mode: "vega-lite", actions: false, renderer: "svg", ast: true, config: look(box), tooltip: { theme } };
+    try {
+      views.push({ view: await window.vegaEmbed(box, spec, options), spec, table });
+      // A filter may make the chart lower.
+      box.style.minHeight = "";
+      if (kept[table] !== before) narrow(table, kept[table]);
+    } catch (error) {
+      box.textContent = `The chart could not be drawn: ${error.message}`;
     }
   };
-  draw();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+
+  const drawWaiting = async () => {
+    const mine = ++drawing;
+    while (waiting.length) {
+      await new Promise((done) => setTimeout(done));
+      if (mine !== drawing) return;
+      await drawOne(waiting.shift());
+    }
+  };
+
+  const want = (wanted) => {
+    if (!window.vegaEmbed) return;
+    const fresh = wanted.filter((box) => !drawn.has(box));
+    for (const box of fresh) drawn.add(box);
+    waiting.push(...fresh);
+    if (fresh.length) drawWaiting();
+  };
+
+  const near = new IntersectionObserver(
+    (seen) => want(seen.filter((entry) => entry.isIntersecting).map((entry) => entry.target)),
+    { rootMargin: "200px" },
+  );
+  for (const box of boxes) near.observe(box);
+  addEventListener("beforeprint", () => want(boxes));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    for (const { view } of views.splice(0)) view.finalize();
+    waiting.splice(0, waiting.length, ...drawn);
+    drawWaiting();
+  });
 })();
