@@ -279,7 +279,15 @@
     { rootMargin: "200px" },
   );
   for (const box of boxes) near.observe(box);
-  addEventListener("beforeprint", () => want(boxes));
+  // Printing waits for no timer.
+  addEventListener("beforeprint", () => {
+    if (!window.vegaEmbed) return;
+    const missing = [...waiting.splice(0), ...boxes.filter((box) => !drawn.has(box))];
+    for (const box of missing) {
+      drawn.add(box);
+      drawOne(box);
+    }
+  });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     for (const { view } of views.splice(0)) view.finalize();
     waiting.splice(0, waiting.length, ...drawn);
