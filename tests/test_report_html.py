@@ -15,6 +15,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lbi.collect import rows
@@ -216,6 +218,27 @@ def test_details_of_a_row(sweep: Callable[..., Sweep]) -> None:
     assert shown["generated text"] == "a generated text"
     assert "decode_tok_s 100.0 tok/s (99.0 tok/s to 101.0 tok/s)" in shown["other numbers"]
     assert shown["numbers it does not have"] == "energy_j_per_token: no meter"
+
+
+def test_every_sample_is_shown_in_turn(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    folder = made.store.run_folder(f"{made.measured('none', 10.0):012x}", "e0") / "attempt-1"
+    steps = ((0.1, ""), (0.5, "recompiled"), (0.2, ""))
+    taken = [
+        {"repetition": number, "token": token, "seconds": 1 + step * token, "void": void}
+        for number, (step, void) in enumerate(steps)
+        for token in (0, 1, 2, -1)
+    ]
+    for row in taken:
+        row["seconds"] = 9.0 if row["token"] == -1 else row["seconds"]
+    pq.write_table(pa.Table.from_pylist(taken), folder / "samples.parquet")
+    made.measured("int8_wo", 20.0)
+    damaged = made.store.run_folder(f"{1:012x}", "e0") / "attempt-1" / "samples.parquet"
+    damaged.write_text("no parquet")
+    page = made.page()
+    assert page.details(0)["samples in turn, decode tok/s"] == "10, 2 (void: recompiled), 5"
+    assert page.details(1)["samples in turn, decode tok/s"] == ""
+    assert "samples.parquet: is not whole Parquet" in page.text
 
 
 CHOICES = {
