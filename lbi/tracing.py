@@ -120,11 +120,13 @@ def profile(engine: Any, prompt: list[int], tokens: int, folder: Path) -> dict[s
     import torch
     from torch.profiler import ProfilerActivity
 
+    from lbi.decode_trace import mark
+
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     folder.mkdir(exist_ok=True)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with engine.marking(mark), torch.profiler.profile(activities=activities) as profiler:
         engine.generate(prompt, tokens + 1, seed=0)
     profiler.export_chrome_trace(str(folder / "trace.json.gz"))
     on_gpu = len(activities) > 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,9 +87,15 @@ class Fake:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
+    @contextmanager
+    def marking(self, mark: Callable[[int], Any]) -> Iterator[None]:
+        self.mark = mark
+        yield
+
     def generate(self, prompt: list[int], new_tokens: int, seed: int, inspect: bool = False) -> Any:
         self.asked.append(new_tokens)
-        torch.ones(4).sum()
+        with self.mark(1) if hasattr(self, "mark") else nullcontext():
+            torch.ones(4).sum()
         return SimpleNamespace(cache={"bytes": 1, "class": "DynamicCache", "dtype": "bfloat16"})
 
 
@@ -98,6 +106,8 @@ def test_the_run_itself_says_what_it_could_not_take(config: Callable[..., LbiCon
     traces = record.effective["traces"]
     assert set(traces) == {"kernels", "memory", "compile"}
     assert (tmp_path / traces["kernels"]["file"]).stat().st_size > 100
+    events = json.loads(gzip.decompress((tmp_path / traces["kernels"]["file"]).read_bytes()))["traceEvents"]
+    assert "lbi: decode step" in {event["name"] for event in events}
     assert "no launch to wait for" in traces["kernels"]["note"]
     assert tracing.lacking({"traces": traces}) == (
         "no memory trace: torch keeps the history of allocations on a GPU alone; "
