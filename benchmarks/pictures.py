@@ -26,7 +26,7 @@ from lbi.report import html
 from lbi.store import Store
 from lbi.sweep_folder import find
 
-SHOTS = (("report", 1400, "light"), ("report-dark", 1400, "dark"), ("report-narrow", 400, "light"))
+SHOTS = (("charts", 1400, "light"), ("charts-dark", 1400, "dark"), ("charts-narrow", 400, "light"))
 TALLEST = 2600
 
 DRAWN = """async () => {
@@ -95,10 +95,11 @@ def viewer(file: Path, components: Path, scratch: Path) -> Path:
 
 def trace(browser: Any, page: Path, to: Path) -> None:
     """The whole trace as the viewer opens it."""
-    tab = browser.new_page(viewport={"width": 1400, "height": 420})
+    tab = browser.new_page(viewport={"width": 1400, "height": 700})
     tab.goto(page.as_uri())
     tab.wait_for_timeout(10_000)
-    tab.screenshot(path=str(to))
+    # The lower part is about what has been selected, which is nothing.
+    tab.screenshot(path=str(to), clip={"x": 0, "y": 0, "width": 1400, "height": 420})
     print(to)
     tab.close()
 
