@@ -220,6 +220,14 @@ def test_details_of_a_row(sweep: Callable[..., Sweep]) -> None:
     assert shown["numbers it does not have"] == "energy_j_per_token: no meter"
 
 
+def test_answers_from_a_busy_machine_say_so(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    numbers = {"decode_tok_s": 9.0, "foreign_cpu": 0.9, "idle_cpu": 0.0}
+    made.measured("none", 9.0, metrics={"metrics": numbers, "missing": {}})
+    text = made.page().text
+    assert text.index("Fastest") < text.index("Others took up to 90% of the CPU") < text.index("Speed against quality")
+
+
 def test_every_sample_is_shown_in_turn(sweep: Callable[..., Sweep]) -> None:
     made = sweep()
     folder = made.store.run_folder(f"{made.measured('none', 10.0):012x}", "e0") / "attempt-1"

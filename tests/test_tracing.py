@@ -24,6 +24,7 @@ from lbi.record import Record
 from lbi.report import inside
 from lbi.schedule import Durations, make_units
 from lbi.store import SCHEMA, Store
+from lbi.trackers.wandb_files import attachments
 from lbi.typed import plain
 from lbi.worker import run_unit
 
@@ -314,6 +315,18 @@ def test_a_second_process_is_part_of_the_estimate(config: Callable[..., LbiConfi
     once, _ = Durations(store).seconds(config(device="cuda"))
     twice, is_guess = Durations(store).seconds(config("trace=memory", device="cuda"))
     assert (twice, is_guess) == (2 * once, True)
+
+
+def test_what_a_second_process_took_goes_to_wandb_and_what_is_about_it_stays(tmp_path: Path) -> None:
+    attempt = tmp_path / "attempt-1"
+    for name in ("metrics.json", "trace/memory_snapshot.pickle", "trace/request.json", "trace/process.json"):
+        (attempt / name).parent.mkdir(parents=True, exist_ok=True)
+        (attempt / name).write_text("{}")
+    made = attachments("abc", attempt, "all", 10.0, tmp_path / "scratch").made
+    assert {item.name: [name for name, _ in item.files] for item in made} == {
+        "result-abc": ["metrics.json"],
+        "trace-abc": ["trace/memory_snapshot.pickle"],
+    }
 
 
 LOG = """\
