@@ -593,6 +593,10 @@ addEventListener("load", () => setTimeout(async () => {
   choose(controls.querySelector('[data-group="quantizer"]'), "");
   for (const pick of [...document.querySelectorAll("#cells-1 .pick")].slice(0, 2)) pick.click();
   seen.beside = document.querySelector("#beside-1").innerText;
+  // The accessibility tree has no rows of a table without a layout.
+  const laid = () => getComputedStyle(document.querySelector(".tall")).contentVisibility;
+  for (let turn = 0; turn < 20 && laid() !== "visible"; turn++) await pause();
+  seen.laid = laid();
   document.body.dataset.seen = JSON.stringify(seen);
 }, 700));
 """
@@ -662,6 +666,7 @@ def test_a_reader_sorts_points_filters_groups_and_compares(tmp_path: Path, brows
     assert seen["ranked"] == ["c3", "c1", "c0", "c2"]
     assert seen["planned"] == ["c0", "c1", "c2", "c3"]
     assert seen["charts"] == 5
+    assert seen["laid"] == "visible"
     assert "MBU" in seen["hover"]
     assert seen["dots"] == 4
     assert seen["kinds"] == 4 * 3

@@ -234,6 +234,13 @@
     };
   };
 
+  // A table without a layout is not in the browser's accessibility tree, so it gets one once the page stands.
+  const lay = () => {
+    for (const box of document.querySelectorAll(".tall")) box.style.contentVisibility = "visible";
+  };
+  const whenIdle = window.requestIdleCallback ?? ((work) => work());
+  addEventListener("load", () => setTimeout(() => whenIdle(lay, { timeout: 1000 }), 500));
+
   // A chart costs a quarter of a second where there are a thousand cells, so it is drawn when it is about to be seen,
   // one after the other, and the page can be read and used meanwhile. What is printed is seen.
   const boxes = [...document.querySelectorAll(".chart")];
