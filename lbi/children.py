@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from lbi.config import LbiConfig, ResourcesConfig
 from lbi.files import BadFile, read_json
@@ -23,6 +24,8 @@ from lbi.slots import Slot
 from lbi.store import HEARTBEAT_S
 
 POLL_S = 0.1
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 TOLD = (-signal.SIGTERM, -signal.SIGUSR2)
 """Return codes of a child that was asked to end."""
@@ -76,11 +79,16 @@ class Starter:
         if self.server is not None:
             self.server.close()
 
-    def start(self, module: str, folder: Path, log: Path, config: LbiConfig, caches: Path) -> Started:
-        """A process that runs `module` on `folder`, in a session of its own."""
-        variables = child_environment(config, caches, self.slot.variables())
-        why_not = "resources.fork=false"
-        if config.resources.fork:
+    def start(
+        self, module: str, folder: Path, log: Path, config: LbiConfig, caches: Path, own: Mapping[str, str] = NOTHING
+    ) -> Started:
+        """A process that runs `module` on `folder`, in a session of its own.
+
+        `own` is what its environment has beside the others'; torch reads some of it when it is imported.
+        """
+        variables = {**child_environment(config, caches, self.slot.variables()), **own}
+        why_not = f"with {', '.join(own)}" if own else "resources.fork=false"
+        if config.resources.fork and not own:
             server = self._server(variables)
             if server.refusal is None:
                 return Started(server.start(module, str(folder), log), "forked from a server with torch imported")

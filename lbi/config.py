@@ -276,11 +276,18 @@ class MeasureConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TraceConfig:
-    """Profiler trace, taken after the measurement and never inside it."""
+    """What is recorded besides the result: after the measurement, and never inside it."""
 
     name: str = knob("name shown in tables")
-    kind: Literal["off", "profiler"] = knob("profiler: torch.profiler over a few decode steps")
-    tokens: int = knob("decode steps that are traced", default=4, low=1)
+    kind: Literal["off", "kernels", "memory", "compile", "all", "profiler"] = knob(
+        "kernels: torch.profiler over a few decode steps; memory: the CUDA allocator's history, also of a run without "
+        "enough; compile: what torch.compile made; all: these three; profiler: what kernels was called at first"
+    )
+    tokens: int = knob("kernels: decode steps that are traced", default=4, low=1)
+    blocking: bool = knob(
+        "kernels: the host waits for each launch (CUDA_LAUNCH_BLOCKING=1), in a process of its own: no two overlap",
+        default=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

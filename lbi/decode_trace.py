@@ -69,10 +69,7 @@ def take(engine: Engine, prompt: list[int], device: str, new_tokens: int) -> lis
 
 def take_events(engine: Engine, prompt: list[int], device: str, new_tokens: int) -> list[Event]:
     """A trace of `LAUNCHES_TAKEN` launches of decode steps by `engine`, or of all of a workload of `new_tokens`."""
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    def mark(tokens: int) -> Any:
-        return record_function(MARK if tokens == 1 else f"{MARK}s {tokens}")
+    from torch.profiler import ProfilerActivity, profile
 
     wanted = 1 + steps_to_look_at(engine, LAUNCHES_TAKEN, new_tokens)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
@@ -83,6 +80,13 @@ def take_events(engine: Engine, prompt: list[int], device: str, new_tokens: int)
         profiler.export_chrome_trace(str(file))
         # Names of compiled code may hold bytes that are no UTF-8.
         return list(json.loads(file.read_text(errors="replace"))["traceEvents"])
+
+
+def mark(tokens: int) -> Any:
+    """What goes around the launch of decode steps in a trace, for readers and for `read_steps`."""
+    from torch.profiler import record_function
+
+    return record_function(MARK if tokens == 1 else f"{MARK}s {tokens}")
 
 
 def step_spans(events: Iterable[Event]) -> list[tuple[float, float]]:

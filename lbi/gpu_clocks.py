@@ -7,6 +7,7 @@ holds nothing against the sample.
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 from lbi.gpu_processes import current_gpu, nvml_handle
@@ -30,6 +31,7 @@ class ClockWatch:
         self.device = device
         self.slowed = ""
         self._looks: list[dict[str, int]] = []
+        self._at_ends: list[int] = []
 
     def __enter__(self) -> ClockWatch:
         self.slowed = ""
@@ -37,17 +39,23 @@ class ClockWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._look()
+        seen = self._look()
+        if seen is not None:
+            self._at_ends.append(seen["power_mw"])
 
-    def _look(self) -> None:
+    def _look(self) -> dict[str, int] | None:
         seen = read() if self.device == "cuda" else None
         if seen is None:
-            return
+            return None
         self._looks.append(seen)
         self.slowed = self.slowed or ", ".join(words for bit, words in SLOWED.items() if seen["reasons"] & bit)
+        return seen
 
     def report(self) -> dict[str, Any]:
-        """For effective.json: the range of clocks, the highest temperature and power, and why clocks were lowered."""
+        """For effective.json: the range of clocks, the highest temperature and power, and why clocks were lowered.
+
+        `power_at_end_w` is the median over the samples' ends, of what NVML averages over about a second.
+        """
         if self.device != "cuda":
             return {}
         if not self._looks:
@@ -67,6 +75,7 @@ class ClockWatch:
                 "memory_mhz": ends("memory_mhz"),
                 "temperature_c": ends("temperature_c")[1],
                 "power_w": ends("power_mw")[1] / 1e3,
+                "power_at_end_w": median(self._at_ends) / 1e3 if self._at_ends else None,
                 "lowered": named,
             }
         }

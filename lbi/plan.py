@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-from lbi import identity, rules
+from lbi import identity, rules, tracing
 from lbi.compose import Composed
 from lbi.config import AXES, IDENTITY, LbiConfig
 from lbi.errors import InputError
@@ -26,7 +26,7 @@ from lbi.hydra_compose import NO_SUCH_KNOB
 from lbi.model_files import ModelFacts, inspect
 from lbi.reuse import Reuse
 from lbi.sites import Cluster, Here, Site
-from lbi.store import Store
+from lbi.store import Result, Store
 from lbi.typed import build, plain
 from lbi.verdicts import DONE, DUPLICATE, PRUNED, RUN
 
@@ -201,12 +201,18 @@ def _verdict(cell: Cell, config: LbiConfig, reuse: Reuse, site: Site) -> tuple[s
         return RUN, ""
     cell.env_id = found.env_id
     if found.ok:
-        return DONE, "ok"
+        return DONE, f"ok{_untraced(found, config)}"
     if sweep.mode == "retry":
         return RUN, f"was {found.status}"
     if sweep.mode == "cached" and reuse.deserves_another(found):
         return RUN, f"was {found.status}: tried again"
     return DONE, f"{found.status}: {found.reason}"
+
+
+def _untraced(found: Result, config: LbiConfig) -> str:
+    """What to know of a finished result that does not have the traces that are asked for now."""
+    missing = tracing.not_taken(found.folder, config)
+    return f"; it has no {' and no '.join(missing)} trace, which sweep.mode=force takes" if missing else ""
 
 
 def _name(cells: list[Cell]) -> None:

@@ -64,18 +64,18 @@ def prepare(config: LbiConfig) -> None:
 
 
 class Phases:
-    """Names what the process is doing, for whoever watches, and times it."""
+    """Names what the process is doing, for whoever watches, and times it; `before` goes before each name."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, before: str = "") -> None:
+        self.folder, self.before = folder, before
         self.seconds: dict[str, float] = {}
         self.last = ""
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        write_json(self.folder / "progress.json", {"schema": 1, "phase": name, "since": time.time()})
-        print(f"[{time.strftime('%H:%M:%S')}] {name}", flush=True)
+        write_json(self.folder / "progress.json", {"schema": 1, "phase": f"{self.before}{name}", "since": time.time()})
+        print(f"[{time.strftime('%H:%M:%S')}] {self.before}{name}", flush=True)
         try:
             yield
         finally:

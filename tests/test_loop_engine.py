@@ -460,7 +460,7 @@ def test_the_kernels_of_one_replay_are_shared_out_to_its_tokens() -> None:
 def test_a_run_ends_with_the_tokens_of_generate(run_lbi: Callable[..., Any], tmp_path: Path) -> None:
     ran = run_lbi(
         *["-m", "model=tiny_random", "model.dtype=float32", "engine=hf,loop", "cache=static", "tracker=none"],
-        *["measure=quick", "workload.new_tokens=2,8", "trace=profiler", "sweep.name=loops"],
+        *["measure=quick", "workload.new_tokens=2,8", "trace=kernels", "sweep.name=loops"],
         timeout=300,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -62,7 +62,7 @@ def test_what_cannot_change_a_number_does_not_change_the_run(plan: MakePlan) -> 
         "resources.run_timeout_s=7",
         "tracker=none",
         "tracker.project=other",
-        "trace=profiler",
+        "trace=kernels",
         "store.path=elsewhere",
         "report.max_kld=1",
         "sweep.name=other",

@@ -15,6 +15,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lbi.collect import rows
@@ -216,6 +218,35 @@ def test_details_of_a_row(sweep: Callable[..., Sweep]) -> None:
     assert shown["generated text"] == "a generated text"
     assert "decode_tok_s 100.0 tok/s (99.0 tok/s to 101.0 tok/s)" in shown["other numbers"]
     assert shown["numbers it does not have"] == "energy_j_per_token: no meter"
+
+
+def test_answers_from_a_busy_machine_say_so(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    numbers = {"decode_tok_s": 9.0, "foreign_cpu": 0.9, "idle_cpu": 0.0}
+    made.measured("none", 9.0, metrics={"metrics": numbers, "missing": {}})
+    text = made.page().text
+    assert text.index("Fastest") < text.index("Others took up to 90% of the CPU") < text.index("Speed against quality")
+
+
+def test_every_sample_is_shown_in_turn(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    folder = made.store.run_folder(f"{made.measured('none', 10.0):012x}", "e0") / "attempt-1"
+    steps = ((0.1, ""), (0.5, "recompiled"), (0.2, ""))
+    taken = [
+        {"repetition": number, "token": token, "seconds": 1 + step * token, "void": void}
+        for number, (step, void) in enumerate(steps)
+        for token in (0, 1, 2, -1)
+    ]
+    for row in taken:
+        row["seconds"] = 9.0 if row["token"] == -1 else row["seconds"]
+    pq.write_table(pa.Table.from_pylist(taken), folder / "samples.parquet")
+    made.measured("int8_wo", 20.0)
+    damaged = made.store.run_folder(f"{1:012x}", "e0") / "attempt-1" / "samples.parquet"
+    damaged.write_text("no parquet")
+    page = made.page()
+    assert page.details(0)["samples in turn, decode tok/s"] == "10, 2 (void: recompiled), 5"
+    assert page.details(1)["samples in turn, decode tok/s"] == ""
+    assert "samples.parquet: is not whole Parquet" in page.text
 
 
 CHOICES = {
@@ -530,7 +561,12 @@ addEventListener("load", () => setTimeout(async () => {
     list.value = value;
     list.dispatchEvent(new Event("input", { bubbles: true }));
   };
-  const seen = { width: innerWidth, page: document.documentElement.scrollWidth, ready: performance.now() };
+  const seen = { width: innerWidth, page: document.documentElement.scrollWidth };
+  seen.before = document.querySelectorAll(".chart svg").length;
+  // What is printed is drawn, in view or not.
+  dispatchEvent(new Event("beforeprint"));
+  const wanting = () => [...document.querySelectorAll(".chart")].some((chart) => !chart.querySelector("svg"));
+  for (let turn = 0; turn < 30 && wanting(); turn++) await pause();
   seen.charts = document.querySelectorAll(".chart svg").length;
   seen.ranked = shown();
   [...document.querySelectorAll("#cells-1 thead button")].find((head) => head.textContent === "cell").click();
@@ -557,6 +593,10 @@ addEventListener("load", () => setTimeout(async () => {
   choose(controls.querySelector('[data-group="quantizer"]'), "");
   for (const pick of [...document.querySelectorAll("#cells-1 .pick")].slice(0, 2)) pick.click();
   seen.beside = document.querySelector("#beside-1").innerText;
+  // The accessibility tree has no rows of a table without a layout.
+  const laid = () => getComputedStyle(document.querySelector(".tall")).contentVisibility;
+  for (let turn = 0; turn < 20 && laid() !== "visible"; turn++) await pause();
+  seen.laid = laid();
   document.body.dataset.seen = JSON.stringify(seen);
 }, 700));
 """
@@ -626,6 +666,7 @@ def test_a_reader_sorts_points_filters_groups_and_compares(tmp_path: Path, brows
     assert seen["ranked"] == ["c3", "c1", "c0", "c2"]
     assert seen["planned"] == ["c0", "c1", "c2", "c3"]
     assert seen["charts"] == 5
+    assert seen["laid"] == "visible"
     assert "MBU" in seen["hover"]
     assert seen["dots"] == 4
     assert seen["kinds"] == 4 * 3
@@ -640,6 +681,56 @@ def test_a_reader_sorts_points_filters_groups_and_compares(tmp_path: Path, brows
     assert "text number 0" in seen["beside"]
     assert "text number 2" in seen["beside"]
     assert "The same in all: " in seen["beside"]
+
+
+THOUSAND = """
+addEventListener("load", () => setTimeout(() => {
+  const body = document.querySelector("#cells-1 tbody");
+  const rows = () => [...body.rows].filter((row) => row.id && !row.hidden);
+  const seen = { rows: rows().length, drawn: document.querySelectorAll(".chart svg").length };
+  // A table that is far from view has no layout, and its rows must be found all the same.
+  const last = rows().at(-1);
+  last.querySelector("button.more").focus();
+  seen.focused = document.activeElement.closest("tr").id === last.id;
+  last.scrollIntoView();
+  seen.reached = last.getBoundingClientRect().height > 0 && last.getBoundingClientRect().top < innerHeight;
+  last.querySelector("button.more").click();
+  seen.details = last.nextElementSibling.innerText;
+  const heads = [...document.querySelectorAll("#cells-1 thead button")];
+  heads.find((head) => head.textContent === "cell").click();
+  seen.planned = rows().map((row) => Number(row.id.slice(1)));
+  heads.find((head) => head.textContent === "mean KLD").click();
+  seen.least = rows()[0].id;
+  const controls = document.querySelector(".filter");
+  controls.querySelector("input").value = "group_size=77";
+  controls.querySelector("input").dispatchEvent(new Event("input", { bubbles: true }));
+  seen.found = rows().map((row) => row.id).sort();
+  seen.said = controls.querySelector("output").textContent;
+  document.body.dataset.seen = JSON.stringify(seen);
+}, 700));
+"""
+
+
+def test_a_thousand_rows_can_be_reached_sorted_and_filtered(
+    tmp_path: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Sweep(tmp_path / "store")
+    for index in range(1000):
+        numbers = numbered(100.0 + (index * 7919) % 1000, 0.001 * (1 + (index * 31) % 1000), 270e6)
+        made.result(made.cell(f"quantizer{index % 12} group_size={index}"), metrics=numbers)
+    monkeypatch.setattr(f"{__name__}.READER", THOUSAND)
+    seen = browser.read(made.write(), "--window-size=1300,700")
+    assert seen["rows"] == 1000
+    assert seen["drawn"] <= 2
+    assert seen["focused"]
+    assert seen["reached"]
+    # The slowest cell is the last of the ranked rows.
+    slowest = min(range(1000), key=lambda index: (index * 7919) % 1000)
+    assert f"{slowest:012x}" in seen["details"]
+    assert seen["planned"] == list(range(1000))
+    assert seen["least"] == "c0"
+    assert seen["found"] == sorted(["c77", *(f"c77{digit}" for digit in range(10))])
+    assert seen["said"] == "11 of 1000 rows"
 
 
 def test_a_narrow_window_scrolls_the_table_and_not_the_page(tmp_path: Path, browser: Browser) -> None:

@@ -77,7 +77,16 @@ def test_a_sample_of_a_gpu_that_is_too_hot_is_void(
     plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two looks a sample: the second one's end is too hot, the third is at the power limit, which is no fault."""
-    looks = iter([clocks(0), clocks(1), clocks(0), {**clocks(0x20), "temperature_c": 91}, clocks(4), clocks(4)])
+    looks = iter(
+        [
+            {**clocks(0), "power_mw": 90000},
+            clocks(1),
+            clocks(0),
+            {**clocks(0x20), "temperature_c": 91},
+            clocks(4),
+            clocks(4),
+        ]
+    )
     monkeypatch.setattr(gpu_clocks, "read", lambda: next(looks, clocks(0)))
     monkeypatch.setattr(measuring, "ClockWatch", lambda device: gpu_clocks.ClockWatch("cuda"))
     record, _ = measured(plan, tmp_path, set())
@@ -88,6 +97,8 @@ def test_a_sample_of_a_gpu_that_is_too_hot_is_void(
     assert record.effective["clocks"]["lowered"] == ["too hot", "power limit"]
     assert record.effective["clocks"]["temperature_c"] == 91
     assert record.effective["clocks"]["power_w"] == 310.0
+    # Before the first sample the GPU was idle.
+    assert record.effective["clocks"]["power_at_end_w"] == 310.0
 
 
 def test_a_gpu_that_stays_too_hot_is_no_number_and_is_run_again(

@@ -6,6 +6,7 @@ import io
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,8 @@ from lbi.store import Store
 
 
 def event(kind: str, cell: int, slot: int, text: str = "") -> Any:
-    result = SimpleNamespace(ok=False, status="crash", reason="for show", seconds=1.0) if kind == "end" else None
+    ended = SimpleNamespace(ok=False, status="crash", reason="for show", seconds=1.0, folder=Path("nowhere"))
+    result = ended if kind == "end" else None
     task = SimpleNamespace(cell=cell, name=f"name{cell}")
     return SimpleNamespace(kind=kind, task=task, text=text, result=result, slot=slot)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_type_hints
 import pytest
 import yaml
 
-from lbi import knob_rules
+from lbi import knob_rules, tracing
 from lbi.config import LbiConfig
 from lbi.errors import InputError
 from lbi.quantizers import FAMILIES, method
@@ -110,6 +110,9 @@ def test_every_option_lists_every_knob_that_it_reads(option: Path) -> None:
         knobs = set(knob_rules.CACHE_KNOBS[content["kind"]]) | of_backend
         if content["kind"] == "static":
             knobs = {"max_len"} | ({"format", "group_size"} if "format" in content else set())
+        assert listed == {"name", "kind"} | knobs
+    elif group == "trace":
+        knobs = {"tokens", "blocking"} if "kernels" in tracing.KINDS[content["kind"]] else set()
         assert listed == {"name", "kind"} | knobs
     else:
         assert listed == {spec.name for spec in fields(get_type_hints(LbiConfig)[group])}

@@ -166,7 +166,7 @@ def test_every_quantizer_has_its_colour() -> None:
 def test_a_real_sweep_online(server: FakeWandb, run_lbi: Callable[..., Any], home: Path, tmp_path: Path) -> None:
     """Two cells measured, written and shown: no panel refers to a name that a real run does not log."""
     variables = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": str(home)}
-    words = ["-m", "model=tiny_random", "measure=brief", "quantizer=none,int8_wo", "trace=profiler", "sweep.name=real"]
+    words = ["-m", "model=tiny_random", "measure=brief", "quantizer=none,int8_wo", "trace=kernels", "sweep.name=real"]
     done = run_lbi(*words, "engine.threads=1", **variables)
     assert "2 runs online" in done.stdout, done.stdout + done.stderr
     shown = run_lbi("dashboard", "real", **variables)

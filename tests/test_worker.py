@@ -37,7 +37,9 @@ def tasks(plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> Callabl
         found = [replace(task, config=with_resources(task.config, **resources)) for task in found]
         by_run = dict(zip([task.config.workload.new_tokens for task in found], scripts, strict=True))
 
-        def start(self: Any, module: str, folder: Path, log: Path, config: LbiConfig, caches: Path) -> Started:
+        def start(
+            self: Any, module: str, folder: Path, log: Path, config: LbiConfig, caches: Path, own: Any = ()
+        ) -> Started:
             script = "nothing" if module == "lbi.reference" else by_run[config.workload.new_tokens]
             with log.open("a") as output:
                 process = subprocess.Popen(

@@ -17,7 +17,7 @@ from lbi.collect import Row
 from lbi.metrics import METRICS, WITH_ERROR, WITH_INTERVAL
 from lbi.report import inside
 from lbi.report.cell_table import COLUMNS
-from lbi.report.facts import Facts, part
+from lbi.report.facts import Facts, Sample, part
 from lbi.report.figures import finite, listed, seconds, size, with_spread
 
 FIELDS: tuple[tuple[str, str], ...] = (
@@ -26,9 +26,11 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("run_id", ""),
     ("env_id", ""),
     ("attempt", ""),
+    ("samples in turn, decode tok/s", ", "),
     ("linear layers as run", "\n"),
     ("autoquant's choices", "\n"),
     ("kernels of a decode step", "\n"),
+    ("traces", "\n"),
     ("unpacked weights written", ""),
     ("one row against many, worst layer", ""),
     ("key-value cache", ", "),
@@ -78,9 +80,11 @@ def _texts(row: Row, facts: Facts, root: Path, extent: Extent) -> list[list[str]
         [row["run_id"]],
         [row["env_id"]],
         [_attempt(row, root)] if row["folder"] else [],
+        _samples(facts.samples) if extent.numbers else [],
         [_layers(kind) for kind in part(effective, "weights").get("kinds") or [] if isinstance(kind, dict)],
         inside.choices(effective),
         inside.kernels(effective) if extent.numbers else [],
+        inside.traces(effective),
         inside.unpacked(effective),
         inside.one_row(effective),
         listed(part(effective, "cache")),
@@ -91,6 +95,11 @@ def _texts(row: Row, facts: Facts, root: Path, extent: Extent) -> list[list[str]
         [f"{name}: {reason}" for name, reason in row["missing"].items()],
         _generated(facts.text, extent.text),
     ]
+
+
+def _samples(samples: Sequence[Sample]) -> list[str]:
+    """Every one, outliers and void ones too; what drifts or stands apart is seen in their order."""
+    return [f"{sample.speed:.4g}{f' (void: {sample.void})' if sample.void else ''}" for sample in samples]
 
 
 def _attempt(row: Row, root: Path) -> str:

@@ -50,7 +50,7 @@ class Figures:
             f"Nearest to the measured one: {nearest.row['name']}, at {percent(nearest.row['mbu_measured'])} of it. "
             "Colours are the quantizers', as in the bars."
         )
-        return [_figure("Roofline of decoding", name, caption)]
+        return [self._figure("Roofline of decoding", name, caption)]
 
     def _kernels(self, table: Table, index: int, facts: Mapping[int, Facts]) -> list[Html]:
         shown = kernel_chart.bars(table, facts)
@@ -62,7 +62,7 @@ class Figures:
         caption = f"Time {'; '.join(sorted(ways))}. It is that of a short pass after the measurement."
         if len(shown) == kernel_chart.MOST_BARS:
             caption += f" Shown are the {len(shown)} fastest cells."
-        return [_figure("Where a decode step's time goes", name, caption)]
+        return [self._figure("Where a decode step's time goes", name, caption)]
 
     def _parallel(self, table: Table, index: int) -> list[Html]:
         if len(measured(table)) < 2 or len(parallel_chart.axes(table)) < 2:
@@ -73,7 +73,7 @@ class Figures:
         caption += "cells on the front and the baseline are drawn stronger."
         if len(measured(table)) > parallel_chart.MOST_LINES:
             caption += f" Shown are the {parallel_chart.MOST_LINES} fastest cells."
-        return [_figure("All numbers at once", name, caption)]
+        return [self._figure("All numbers at once", name, caption)]
 
     def _bars(self, table: Table, index: int) -> Html:
         name = f"bars-{index}"
@@ -83,7 +83,7 @@ class Figures:
         shown, total = len(charts.bar_rows(table)), len(measured(table))
         if shown < total:
             caption += f" Shown are {shown} of {total} cells, the fastest and the baseline; the table has all."
-        return _figure("Decode speed by cell", name, caption)
+        return self._figure("Decode speed by cell", name, caption)
 
     def _pareto(self, table: Table, index: int, max_kld: float | None) -> Html:
         heading = "Speed against quality"
@@ -92,7 +92,14 @@ class Figures:
             return element("figure", element("h3", heading), paragraph(why))
         name = f"pareto-{index}"
         self.specs[name] = charts.pareto(table, max_kld)
-        return _figure(heading, name, _pareto_caption(table, max_kld))
+        return self._figure(heading, name, _pareto_caption(table, max_kld))
+
+    def _figure(self, heading: str, name: str, caption: str) -> Html:
+        """The box has its height before there is a chart in it: what is further down must not seem to be in view."""
+        height = f"min-height: {self.specs[name]['height']}px"
+        table = name.rpartition("-")[2]
+        box = element("div", class_="chart", data_chart=name, data_table=table, style=height)
+        return element("figure", element("h3", heading), box, element("figcaption", caption))
 
 
 def _reasons(table: Table) -> str:
@@ -121,8 +128,3 @@ def _pareto_caption(table: Table, max_kld: float | None) -> str:
         words.append(f"Not shown, having no mean KLD: {unscored}.")
     listed = [f"{row['name']} ({row[SPEED]:.1f} tok/s, {small(row['mean_kld'])} nat)" for row in front]
     return " ".join([*words, f"On the front: {'; '.join(listed)}."])
-
-
-def _figure(heading: str, name: str, caption: str) -> Html:
-    box = element("div", class_="chart", data_chart=name, data_table=name.rpartition("-")[2])
-    return element("figure", element("h3", heading), box, element("figcaption", caption))

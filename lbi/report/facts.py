@@ -6,14 +6,23 @@ problems, like everywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lbi.collect import Row
 from lbi.files import BadFile, read_json
+from lbi.metrics import Timing
 from lbi.store import SCHEMA, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One repetition: its decode tok/s, and why it is void, if it is."""
+
+    speed: float
+    void: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +34,7 @@ class Facts:
     text: dict[str, Any]
     ending: dict[str, Any]
     phase: str
+    samples: tuple[Sample, ...] = ()
 
 
 NONE = Facts({}, {}, {}, {}, "")
@@ -47,7 +57,35 @@ def _read(store: Store, row: Row) -> Facts:
         text=_file(store, folder / "text.json"),
         ending=_file(store, folder / "verdict.json") or _file(store, folder / "metrics.json"),
         phase="",
+        samples=_samples(store, folder / "samples.parquet"),
     )
+
+
+def _samples(store: Store, file: Path) -> tuple[Sample, ...]:
+    """Every repetition in the order in which it was taken."""
+    if not file.exists():
+        return ()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        columns = pq.read_table(file, columns=["repetition", "token", "seconds", "void"]).to_pydict()
+    except (OSError, pa.ArrowException):
+        store.problems.append(BadFile(file, "is not whole Parquet"))
+        return ()
+    moments: dict[int, dict[int, float]] = {}
+    voids: dict[int, str] = {}
+    for number, token, seconds, void in zip(*columns.values(), strict=True):
+        moments.setdefault(number, {})[token] = seconds
+        voids[number] = void
+    return tuple(_sample(known, voids[number]) for number, known in moments.items() if len(known) > 2)
+
+
+def _sample(known: Mapping[int, float], void: str) -> Sample:
+    """Token -1 is the end of the call."""
+    tokens = tuple(known[token] for token in sorted(known) if token >= 0)
+    timing = Timing(start=0.0, tokens=tokens, end=known.get(-1, tokens[-1]), prompt_tokens=0)
+    return Sample(1 / timing.tpot_s(), void)
 
 
 def _file(store: Store, path: Path) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def _result(content: Content) -> list[Html]:
     for table in content.tables:
         if len(content.tables) > 1:
             made.append(element("h3", sections.title(table)))
-        made += [sections.answers(table), sections.note(table, content.header)]
+        made += [sections.answers(table), sections.disturbed(table), sections.note(table, content.header)]
     return [*made, sections.problems(content.problems)]
 
 

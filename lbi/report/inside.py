@@ -14,6 +14,8 @@ from lbi.report.figures import finite, percent, seconds, size
 
 MOST_KERNELS = 6
 
+MOST_HOLDERS = 3
+
 
 def kernels(effective: dict[str, Any]) -> list[str]:
     """One text a kernel, the longest first, after one with the sum."""
@@ -47,6 +49,24 @@ def one_row(effective: dict[str, Any]) -> list[str]:
     if not finite(error):
         return []
     return [f"{percent(error, 2)} in {found.get('layer')} ({found.get('shape')}), against {found.get('rows')} rows"]
+
+
+def traces(effective: dict[str, Any]) -> list[str]:
+    """One text a trace: its file in the attempt's folder, or why there is none."""
+    return [f"{name}: {_trace(about)}" for name, about in part(effective, "traces").items() if isinstance(about, dict)]
+
+
+def _trace(about: Mapping[str, Any]) -> str:
+    if "missing" in about:
+        return f"none, {about['missing']}"
+    words = [str(about.get("pages") or about.get("file"))]
+    if finite(about.get("peak_bytes")):
+        words.append(f"{about.get('taken')}, peak {size(about['peak_bytes'])}")
+        lines = [item for item in _list(about.get("largest")) if isinstance(item, dict) and finite(item.get("bytes"))]
+        words += [f"{size(item['bytes'])} by {item.get('where')}" for item in lines[:MOST_HOLDERS]]
+    if finite(about.get("graphs")):
+        words.append(f"{about['graphs']} graphs, {about.get('recompiled')} recompiled")
+    return "; ".join([*words, *(str(about[name]) for name in ("note", "failed") if about.get(name))])
 
 
 def choices(effective: dict[str, Any]) -> list[str]:

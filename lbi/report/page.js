@@ -230,30 +230,74 @@
       style: { whisker: { color: colour("--ink") }, guide: { color: colour("--quiet") } },
       axis: { ...axis, domainColor: colour("--line"), gridColor: colour("--line"), gridOpacity: 0.6, tickColor: colour("--line") },
       axisY: { labelLimit: Math.max(120, box.clientWidth * (narrow ? 0.38 : 0.48)) },
-      legend: { ...axis, orient: "bottom", columns: narrow ? 3 : 6, symbolStrokeWidth: 0 },
+      legend: { ...axis, orient: "bottom", columns: Math.max(2, Math.floor(box.clientWidth / 150)), symbolStrokeWidth: 0 },
     };
   };
 
-  // One chart after the other, so that the page can be read and used while they are drawn.
+  // A table without a layout is not in the browser's accessibility tree, so it gets one once the page stands.
+  const lay = () => {
+    for (const box of document.querySelectorAll(".tall")) box.style.contentVisibility = "visible";
+  };
+  const whenIdle = window.requestIdleCallback ?? ((work) => work());
+  addEventListener("load", () => setTimeout(() => whenIdle(lay, { timeout: 1000 }), 500));
+
+  // A chart costs a quarter of a second where there are a thousand cells, so it is drawn when it is about to be seen,
+  // one after the other, and the page can be read and used meanwhile. What is printed is seen.
+  const boxes = [...document.querySelectorAll(".chart")];
+  const drawn = new Set();
+  const waiting = [];
   let drawing = 0;
-  const draw = async () => {
-    if (!window.vegaEmbed) return;
-    const mine = ++drawing;
-    for (const { view } of views.splice(0)) view.finalize();
+
+  const drawOne = async (box) => {
+    const table = box.dataset.table;
+    const before = kept[table];
     const theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-    for (const box of document.querySelectorAll(".chart")) {
-      await new Promise((done) => setTimeout(done));
-      if (mine !== drawing) return;
-      const table = box.dataset.table;
-      const spec = { ...charts.specs[box.dataset.chart], datasets: { cells: recordsOf(table) } };
-      const options = { mode: "vega-lite", actions: false, renderer: "svg", ast: true, config: look(box), tooltip: { theme } };
-      try {
-        views.push({ view: await window.vegaEmbed(box, spec, options), spec, table });
-      } catch (error) {
-        box.textContent = `The chart could not be drawn: ${error.message}`;
-      }
+    const spec = { ...charts.specs[box.dataset.chart], datasets: { cells: recordsOf(table) } };
+    const options = { mode: "vega-lite", actions: false, renderer: "svg", ast: true, config: look(box), tooltip: { theme } };
+    try {
+      views.push({ view: await window.vegaEmbed(box, spec, options), spec, table });
+      // A filter may make the chart lower.
+      box.style.minHeight = "";
+      if (kept[table] !== before) narrow(table, kept[table]);
+    } catch (error) {
+      box.textContent = `The chart could not be drawn: ${error.message}`;
     }
   };
-  draw();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+
+  const drawWaiting = async () => {
+    const mine = ++drawing;
+    while (waiting.length) {
+      await new Promise((done) => setTimeout(done));
+      if (mine !== drawing) return;
+      await drawOne(waiting.shift());
+    }
+  };
+
+  const want = (wanted) => {
+    if (!window.vegaEmbed) return;
+    const fresh = wanted.filter((box) => !drawn.has(box));
+    for (const box of fresh) drawn.add(box);
+    waiting.push(...fresh);
+    if (fresh.length) drawWaiting();
+  };
+
+  const near = new IntersectionObserver(
+    (seen) => want(seen.filter((entry) => entry.isIntersecting).map((entry) => entry.target)),
+    { rootMargin: "200px" },
+  );
+  for (const box of boxes) near.observe(box);
+  // Printing waits for no timer.
+  addEventListener("beforeprint", () => {
+    if (!window.vegaEmbed) return;
+    const missing = [...waiting.splice(0), ...boxes.filter((box) => !drawn.has(box))];
+    for (const box of missing) {
+      drawn.add(box);
+      drawOne(box);
+    }
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    for (const { view } of views.splice(0)) view.finalize();
+    waiting.splice(0, waiting.length, ...drawn);
+    drawWaiting();
+  });
 })();

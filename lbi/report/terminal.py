@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
 
+from lbi import tracing
 from lbi.collect import Row
 from lbi.ranking import AGGREGATE, SPEED, Ranked, Table, disturbance, outrun, tables, unfused
 from lbi.report.figures import small, with_noise
@@ -163,13 +164,17 @@ class Live:
 
     def _ending(self, event: Event) -> str:
         result = event.result
-        if result is None or not result.ok:
-            return f"[red]{result.status if result else 'lost'}[/] {escape(result.reason if result else '')}"
+        if result is None:
+            return "[red]lost[/]"
+        lacking = tracing.lacking(self.store.read(result, "effective.json") or {})
+        untraced = f"; [yellow]{escape(lacking)}[/]" if lacking else ""
+        if not result.ok:
+            return f"[red]{result.status}[/] {escape(result.reason)}{untraced}"
         measured = (self.store.read(result, "metrics.json") or {}).get("metrics", {})
         parts = [f"[green]ok[/] decode {measured.get(SPEED, 0):.1f} tok/s"]
         if measured.get("mean_kld") is not None:
             parts.append(f"mean KLD {small(measured['mean_kld'])}")
-        return ", ".join([*parts, f"{result.seconds:.0f} s"])
+        return ", ".join([*parts, f"{result.seconds:.0f} s"]) + untraced
 
 
 def show_results(store: Store, sweep: str, rows: Sequence[Row]) -> None:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LEFT_HERE = frozenset({"claim.json", "heartbeat", "process.json", "progress.json", "wandb.json"})
+OF_A_PROCESS = {"process.json", "progress.json", "trace/process.json", "trace/request.json"}
+
+LEFT_HERE = frozenset({"claim.json", "heartbeat", "wandb.json"} | OF_A_PROCESS)
 """Files of an attempt that say something about this machine's processes only."""
 
 TRACES = "trace"
