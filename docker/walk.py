@@ -240,6 +240,9 @@ def _copy(step: Step, stage: Stage, place: Path, folder: Path) -> None:
 def _inside(place: Path, stage: Stage, values: Mapping[str, str], binds: list[str], command: list[str]) -> list[str]:
     """The command in the stage's root, as its user, with process and device files of its own."""
     mounts = f"mount -t proc proc {place}/proc && mount --rbind /dev {place}/dev"
+    # Terminals as container engines make them: with the group that sshd wants, which it could not give them itself.
+    mounts += f" && mount -t devpts -o newinstance,gid=5,mode=620,ptmxmode=666 devpts {place}/dev/pts"
+    mounts += f" && mount --bind {place}/dev/pts/ptmx {place}/dev/ptmx"
     mounts += f" && cp /etc/resolv.conf {place}/etc/resolv.conf"
     for path in binds:
         mounts += f" && mkdir -p {place}{path} && mount --bind {path} {place}{path}"
@@ -274,14 +277,14 @@ def main() -> None:
     for option in ("--env", "--bind"):
         build_parser.add_argument(option, action="append", default=[])
         run_parser.add_argument(option, action="append", default=[])
-    run_parser.add_argument("command", nargs="*")
-    given = parser.parse_args()
+    options, _, command = " ".join(shlex.quote(word) for word in sys.argv[1:]).partition(" -- ")
+    given = parser.parse_args(shlex.split(options))
     if given.verb == "context":
         copy_context(HERE, given.folder)
         return
     extra = Extra(dict(pair.split("=", 1) for pair in given.env), given.bind)
     if given.verb == "run":
-        sys.exit(run(given.folder.absolute(), given.stage, given.command, extra))
+        sys.exit(run(given.folder.absolute(), given.stage, shlex.split(command), extra))
     arguments = dict(pair.split("=", 1) for pair in given.build_arg)
     build(given.root.absolute(), given.folder.absolute(), given.target, arguments, extra)
 
