@@ -180,10 +180,21 @@ def test_ignoring(walk: ModuleType, patterns: list[str], path: str, out: bool) -
     assert walk.ignored(path, patterns) is out
 
 
-def test_the_wheel_of_what_is_sent_is_whole(sent: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def source(walk: ModuleType, steps: list, sent: Path, tmp_path: Path) -> Path:
+    """What the stage that makes the wheel has copied of what is sent."""
+    stage = walk.stages(steps, {})[0]["wheel"]
+    (tmp_path / "context").symlink_to(sent)
+    for step in stage.steps:
+        if step.name in {"COPY", "WORKDIR"}:
+            walk.take(step, stage, tmp_path / "wheel", tmp_path, {}, {}, walk.Extra({}, []))
+    return tmp_path / "wheel" / stage.folder.lstrip("/")
+
+
+def test_the_wheel_of_what_is_sent_is_whole(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("hatchling")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
-    subprocess.run([*command, "-w", tmp_path, sent], check=True)
+    subprocess.run([*command, "-w", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.startswith("lbi-")}
@@ -303,7 +314,7 @@ def test_with_keys_an_ssh_server_lets_them_in(container: Container, name: str) -
     server, command = container.asked()
     assert command == "python -m lbi doctor"
     keys = container.home / ".lbi-ssh" / "authorized_keys"
-    assert keys.read_text() == f"{KEY}\n{KEY}2\n"
+    assert keys.read_bytes() == f"{KEY}\n{KEY}2\n".encode()
     assert stat.S_IMODE(keys.stat().st_mode) == 0o600
     assert f"-o AuthorizedKeysFile={keys}" in server
     assert "-p 2222" in server
@@ -390,36 +401,40 @@ def written(folder: Path) -> list[str]:
 # A session by ssh
 
 
-def test_a_session_has_the_containers_variables(tmp_path: Path) -> None:
-    main = subprocess.Popen(
-        ["sleep", "30"], env={**SECRETS, "PATH": "/opt/x:/bin", "HOME": "/x", "ODD": "a\nb", "B_": "1"}
-    )
-    try:
-        wait_for_environ(main.pid)
-        env = {"SSH_CONNECTION": "x", "LBI_MAIN_PID": str(main.pid), "PATH": "/bin", "HOME": "/mine"}
-        script = f'. {ROOT}/docker/session; env -0; [ -z "${{lbi_pair+x}}" ]'
-        found = subprocess.run(["/bin/bash", "-c", script], env=env, capture_output=True, text=True, check=True).stdout
-    finally:
-        main.kill()
-        main.wait()
-    values = dict(pair.split("=", 1) for pair in found.split("\0") if pair)
-    assert {name: values[name] for name in SECRETS} == SECRETS
-    assert (values["PATH"], values["HOME"], values["ODD"]) == ("/opt/x:/bin", "/mine", "a\nb")
+@pytest.fixture
+def main_process() -> Iterator[str]:
+    """The id of a process with the container's variables."""
+    env = {**SECRETS, "PATH": "/opt/x:/bin", "HOME": "/x", "TWO_LINES": "a\nb"}
+    with subprocess.Popen(["/bin/sleep", "30"], env=env) as process:
+        until = time.monotonic() + 10
+        # Before it is what it was started as, it has the variables of this process.
+        while b"wandb-secret" not in Path(f"/proc/{process.pid}/environ").read_bytes():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        yield str(process.pid)
+        process.kill()
 
 
-def wait_for_environ(pid: int) -> None:
-    """Until the process is what it was started as: before that it has this one's variables."""
-    until = time.monotonic() + 10
-    while b"wandb-secret" not in Path(f"/proc/{pid}/environ").read_bytes():
-        assert time.monotonic() < until
-        time.sleep(0.01)
+def session(env: dict[str, str]) -> dict[str, str]:
+    """The variables of a shell that has sourced docker/session."""
+    script = f"set -eu; . {ROOT}/docker/session; env -0"
+    command = ["/bin/bash", "-c", script]
+    said = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert said.stderr == ""
+    return dict(pair.split("=", 1) for pair in said.stdout.split("\0") if pair)
 
 
-@pytest.mark.parametrize("env", [{}, {"SSH_CONNECTION": "x"}, {"SSH_CONNECTION": "x", "LBI_MAIN_PID": "1x"}])
-def test_any_other_shell_is_left_alone(env: dict[str, str]) -> None:
-    script = f"set -eu; . {ROOT}/docker/session; echo fine"
-    found = subprocess.run(["/bin/bash", "-c", script], env=env, capture_output=True, text=True, check=False)
-    assert (found.returncode, found.stdout, found.stderr) == (0, "fine\n", "")
+def test_a_session_has_the_containers_variables(main_process: str) -> None:
+    env = {"SSH_CONNECTION": "x", "LBI_MAIN_PID": main_process, "PATH": "/bin", "HOME": "/mine"}
+    found = session(env)
+    assert {name: found[name] for name in SECRETS} == SECRETS
+    assert (found["PATH"], found["HOME"], found["TWO_LINES"]) == ("/opt/x:/bin", "/mine", "a\nb")
+    assert "lbi_pair" not in found
+
+
+def test_any_other_shell_is_left_alone(main_process: str) -> None:
+    for env in ({"LBI_MAIN_PID": main_process}, {"SSH_CONNECTION": "x"}, {}):
+        assert not session({"PATH": "/bin"} | env).keys() & {*SECRETS, "TWO_LINES"}
 
 
 # Templates and publishing
