@@ -119,7 +119,8 @@ def check_torch(facts: dict[str, Any], accept: bool) -> None:
 
 def make_venv(venv: Path, see_torch: bool) -> str:
     """A new environment's Python. If torch is the node's, it sees the packages of this Python, after its own."""
-    flags = ["--system-site-packages"] if see_torch else []
+    # Without a pip of its own, which Debian's Python cannot give it: this Python's pip fills it.
+    flags = ["--without-pip", *(["--system-site-packages"] if see_torch else [])]
     if subprocess.run([sys.executable, "-m", "venv", *flags, str(venv)], check=False).returncode:
         raise Problem(f"no environment could be made in {venv}; use --target, which needs only pip")
     python = str(venv / "bin" / "python")
@@ -149,7 +150,8 @@ def install(folder: Path, venv: Path | None, target: Path | None, accept_torch: 
         where = ["--target", str(target), "--upgrade"]
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(target), env.get("PYTHONPATH")]))
     files = [str(folder / row["file"]) for row in facts["wheels"]]
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps"]
+    command = [sys.executable, "-m", "pip", *(["--python", python] if venv else []), "install", "--quiet"]
+    command += ["--disable-pip-version-check", "--no-index", "--no-deps"]
     if subprocess.run([*command, *where, *files], env=env, check=False).returncode:
         raise Problem("pip could not install the wheels; what it said is above")
     # Python looks into the current folder first: in a checkout, it would find that lbi.
