@@ -5,6 +5,7 @@ glibc 2.28 runs what was made for 2.17, and takes either wheels or sources, not 
 is asked for each package without its requirements, and they are followed here.
 
 Torch, triton and NVIDIA's packages are left out, because a GPU node has those that fit its driver; --torch takes them.
+--leave-out names others that the node has; `install` looks whether it does, and in a version that fits.
 The folder is whole or not there: wheelhouse.json, which lists it, is written last.
 """
 
@@ -111,10 +112,10 @@ class Wanted:
 
 def wanted(
     asked_for: Iterable[Requirement], chosen: Mapping[str, Wheel], node: Node, own: re.Pattern[str] | None
-) -> tuple[dict[str, Wanted], set[str]]:
+) -> tuple[dict[str, Wanted], dict[str, SpecifierSet]]:
     """Everything that is needed, as far as the chosen wheels tell, and what is left to the node."""
     found: dict[str, Wanted] = {}
-    left: set[str] = set()
+    left: dict[str, SpecifierSet] = {}
     waiting = [(requirement, "what was asked for", frozenset[str]()) for requirement in asked_for]
     while waiting:
         requirement, by, extras = waiting.pop()
@@ -122,7 +123,7 @@ def wanted(
             continue
         name = canonicalize_name(requirement.name)
         if own and own.fullmatch(name):
-            left.add(name)
+            left[name] = left.get(name, SpecifierSet()) & requirement.specifier
             continue
         if requirement.url:
             raise Problem(f"{requirement}, which {by} needs, is an address; only packages of an index can be collected")
@@ -142,7 +143,7 @@ def applies(requirement: Requirement, node: Node, extras: Iterable[str]) -> bool
 
 def resolve(
     asked_for: Sequence[Requirement], first: Wheel, node: Node, own: re.Pattern[str] | None, place: Path
-) -> tuple[dict[str, Wheel], set[str]]:
+) -> tuple[dict[str, Wheel], dict[str, SpecifierSet]]:
     """A wheel of everything that is needed, the newest that all who need it allow, and what is left to the node."""
     chosen = {first.name: first}
     missing: dict[str, Wanted] = {}
@@ -239,6 +240,13 @@ def build_own(project: Path, folder: Path) -> Wheel:
     return wheel
 
 
+def nodes_own(torch: str, leave_out: Iterable[str]) -> re.Pattern[str] | None:
+    """Names of the packages that are left to the node."""
+    parts = [NODES_OWN.pattern] if torch == "keep" else []
+    parts += [re.escape(canonicalize_name(name)) for name in leave_out]
+    return re.compile("|".join(parts)) if parts else None
+
+
 def roots(first: Wheel, extras: Iterable[str], torch: str) -> list[Requirement]:
     asked = [f"{first.name}[{','.join(extras)}]=={first.version}"]
     return [Requirement(line) for line in [*asked, *([] if torch in {"keep", "newest"} else [f"torch=={torch}"])]]
@@ -251,7 +259,10 @@ def check_size(wheels: Iterable[Wheel], max_mb: float) -> None:
     largest = sorted(sizes, key=lambda name: -sizes[name])[:10]
     lines = [f"{len(sizes)} wheels are {sum(sizes.values()):.1f} MB, more than --max-mb {max_mb:g}. The largest:"]
     lines += [f"  {sizes[name]:8.1f} MB  {name}" for name in largest]
-    raise Problem("\n".join([*lines, "Nothing was kept. Allow more, or ask for less (--extra, --torch, --model)."]))
+    lines += [
+        "Nothing was kept. Allow more, ask for less (--extra, --torch, --model), or --leave-out what the node has."
+    ]
+    raise Problem("\n".join(lines))
 
 
 def write(folder: Path, wheels: Iterable[Wheel], facts: Mapping[str, object]) -> None:
@@ -277,7 +288,7 @@ def collect(given: argparse.Namespace) -> None:
     folder = given.folder.absolute()
     if folder.exists() and any(folder.iterdir()):
         raise Problem(f"{folder} is not empty; name a new folder, or remove this one")
-    own = NODES_OWN if given.torch == "keep" else None
+    own = nodes_own(given.torch, given.leave_out)
     with tempfile.TemporaryDirectory(prefix="wheelhouse-") as temporary:
         place = Path(temporary)
         print(f"Collecting for {node}", flush=True)
@@ -289,7 +300,9 @@ def collect(given: argparse.Namespace) -> None:
         wheels = sorted(chosen.values(), key=lambda wheel: wheel.name)
         if given.max_mb is not None:
             check_size(wheels, given.max_mb)
-        needs = [str(need) for need in first.requires if own and own.fullmatch(need.name) and not need.marker]
+        # Triton and NVIDIA's packages come with torch, in versions that are torch's business.
+        asked = {"torch", *map(canonicalize_name, given.leave_out)}
+        needs = [f"{name}{specifier}" for name, specifier in sorted(left.items()) if name in asked]
         facts = {"python": ".".join(node.python.split(".")[:2]), "platforms": list(node.platforms)}
         facts |= {"extras": given.extra, "torch": given.torch, "needs_of_the_node": needs, "left_out": sorted(left)}
         write(folder, wheels, facts)
@@ -312,6 +325,7 @@ def main() -> int:
     parser.add_argument("--extra", action="append", default=[], help="an extra of lbi, such as gpu; more than once")
     parser.add_argument("--torch", default="keep", help="keep (the node's), newest, or a version to take along")
     parser.add_argument("--with-torch", action="store_const", const="newest", dest="torch", help="--torch newest")
+    parser.add_argument("--leave-out", action="append", default=[], help="a package that the node has; more than once")
     parser.add_argument("--model", action="store_true", help="take the default model's file along (93 MB)")
     parser.add_argument("--max-mb", type=float, help="keep nothing if it is more than this, in 10^6 bytes")
     root = Path(__file__).resolve().parent.parent

@@ -100,31 +100,32 @@ def check_files(folder: Path, facts: dict[str, Any]) -> None:
         raise Problem("\n".join(lines))
 
 
-def check_torch(facts: dict[str, Any], accept: bool) -> None:
-    """Whether the node has the torch that was left to it."""
-    for line in facts["needs_of_the_node"]:
-        need = Requirement(line)
+def check_needs(facts: dict[str, Any], accept: bool) -> None:
+    """Whether the node has what was left to it, torch for one."""
+    missing, other = [], []
+    for need in map(Requirement, facts["needs_of_the_node"]):
         try:
             version = metadata.version(need.name)
         except metadata.PackageNotFoundError:
-            raise Problem(
-                f"{sys.executable} has no {need.name}, which was left to the node; name a Python that has it with "
-                "PYTHON, or collect with --torch newest"
-            ) from None
+            missing.append(f"  {need}: is not here")
+            continue
         if not accept and not need.specifier.contains(version, prereleases=True):
-            raise Problem(
-                f"{need.name} {version} is here, lbi is made for {line}; --accept-torch tries it all the same"
-            )
+            other.append(f"  {need}: {version} is here")
+    if missing or other:
+        lines = [f"{sys.executable} lacks what was left to the node:", *missing, *other]
+        lines += ["Name a Python that has it with PYTHON, or collect it, too (--torch newest; not --leave-out)."]
+        lines += ["--accept-versions tries other versions all the same."] if other else []
+        raise Problem("\n".join(lines))
 
 
-def make_venv(venv: Path, see_torch: bool) -> str:
-    """A new environment's Python. If torch is the node's, it sees the packages of this Python, after its own."""
+def make_venv(venv: Path, see_node: bool) -> str:
+    """A new environment's Python. If something is left to the node, it sees this Python's packages, after its own."""
     # Without a pip of its own, which Debian's Python cannot give it: this Python's pip fills it.
-    flags = ["--without-pip", *(["--system-site-packages"] if see_torch else [])]
+    flags = ["--without-pip", *(["--system-site-packages"] if see_node else [])]
     if subprocess.run([sys.executable, "-m", "venv", *flags, str(venv)], check=False).returncode:
         raise Problem(f"no environment could be made in {venv}; use --target, which needs only pip")
     python = str(venv / "bin" / "python")
-    if see_torch:
+    if see_node:
         # Where this Python is an environment itself, the new one would see the packages of the Python below both.
         asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
         place = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
@@ -132,13 +133,13 @@ def make_venv(venv: Path, see_torch: bool) -> str:
     return python
 
 
-def install(folder: Path, venv: Path | None, target: Path | None, accept_torch: bool) -> None:
+def install(folder: Path, venv: Path | None, target: Path | None, accept_versions: bool) -> None:
     """Check everything, install everything, ask lbi's doctor."""
     facts = manifest(folder)
     check_python(facts)
     check_machine(facts)
     check_files(folder, facts)
-    check_torch(facts, accept_torch)
+    check_needs(facts, accept_versions)
     # What a site has set for pip may name an index or links: the list is complete, and there is no network.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     env["PIP_CONFIG_FILE"] = os.devnull
@@ -200,11 +201,13 @@ def main() -> int:
     into = parser.add_mutually_exclusive_group()
     into.add_argument("--target", type=Path, help="install into a folder for PYTHONPATH")
     into.add_argument("--venv", type=Path, help="install into an environment to make; with neither: this Python's own")
-    parser.add_argument("--accept-torch", action="store_true", help="whatever the version of the node's torch")
+    parser.add_argument(
+        "--accept-versions", action="store_true", help="whatever the versions of what was left to the node"
+    )
     given = parser.parse_args()
     target, venv = (path and path.absolute() for path in (given.target, given.venv))
     try:
-        install(given.folder.absolute(), venv, target, given.accept_torch)
+        install(given.folder.absolute(), venv, target, given.accept_versions)
     except Problem as problem:
         print(f"wheelhouse: {problem}", file=sys.stderr)
         return 2
