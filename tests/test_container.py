@@ -292,7 +292,7 @@ def test_the_exit_code_is_the_commands(container: Container, code: int) -> None:
 
 
 def test_the_command_takes_the_scripts_place_and_gets_its_signals(container: Container) -> None:
-    container.fake("python", 'trap "echo ended; exit 42" TERM; echo "$$"; while :; do sleep 0.05; done')
+    container.fake("python", 'trap "echo ended; exit 42" TERM; echo "$$"; for i in {1..400}; do sleep 0.05; done')
     process = container.start("-m", PUBLIC_KEY=KEY)
     assert process.stdout
     assert int(process.stdout.readline()) == process.pid
