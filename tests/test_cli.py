@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,8 +140,8 @@ def test_a_single_run_takes_the_same_path_as_a_sweep(run_lbi: RunLbi) -> None:
 
 def test_the_readmes_commands_are_real(run_lbi: RunLbi) -> None:
     """Every `python -m lbi` line of the README with an override plans without an error."""
-    lines = [line.strip().split("#")[0] for line in (ROOT / "README.md").read_text().splitlines()]
-    commands = [line.removeprefix("python -m lbi").split() for line in lines if line.startswith("python -m lbi ")]
+    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line.strip(), comments=True)[3:] for line in lines if line.startswith("python -m lbi ")]
     planned = [words for words in commands if "=" in " ".join(words) and "model.path=" not in " ".join(words)]
     assert len(planned) >= 4
     for words in planned:
