@@ -141,6 +141,7 @@ class _Bench:
             "run_id": task.run_id,
             "env_id": task.env_id,
             "devices": str(self.store.root / "devices"),
+            "quantized": str(self.store.root / "quantized"),
             "device_name": _device_name(task.config, self.description),
             "references": {name: str(folder) for name, folder in references.items()},
             "slot": self.slot.record(),
