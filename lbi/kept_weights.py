@@ -64,6 +64,19 @@ def address(config: LbiConfig, of: ModelConfig, model: Any, assignment: Assignme
         raise NotKept("what a quantizer of the user's own imports is not known, so neither is when it changes")
     if "checkpoint" in families:
         raise NotKept("the weights come quantized")
+    key = {
+        **depends_on(config, of, model),
+        "layers": {name: identity.canonical(content(part)) for name, part in sorted(assignment.items())},
+        "embeddings": embeddings,
+    }
+    return Address(key, identity.digest("quantized", key))
+
+
+def depends_on(config: LbiConfig, of: ModelConfig, model: Any) -> dict[str, Any]:
+    """What quantized weights depend on beside the quantizer: the weights, the device, versions, lbi's own code.
+
+    Raises `NotKept` for weights of which it is not known which they are.
+    """
     facts = inspect(of)
     weights: dict[str, Any] = {"model": identity.canonical_model(of, facts)}
     if of.source == "hf" and not facts.fingerprint:
@@ -71,10 +84,8 @@ def address(config: LbiConfig, of: ModelConfig, model: Any, assignment: Assignme
         if not weights["commit"]:
             raise NotKept("the hub did not say which revision the weights are")
     on_cpu = config.engine.device == "cpu"
-    key = {
+    return {
         "weights": weights,
-        "layers": {name: identity.canonical(content(part)) for name, part in sorted(assignment.items())},
-        "embeddings": embeddings,
         # Sums are taken in another order by another device, or by another number of threads.
         "device": environment.cpu_model() if on_cpu else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads() if on_cpu else None,
@@ -82,7 +93,6 @@ def address(config: LbiConfig, of: ModelConfig, model: Any, assignment: Assignme
         "lbi": lbi.__version__,
         "sources": sources(),
     }
-    return Address(key, identity.digest("quantized", key))
 
 
 @cache

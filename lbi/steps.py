@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lbi import environment, identity, lossless, quality, quantizing, roofline, rules, tracing
+from lbi import environment, identity, kept_choices, lossless, quality, quantizing, roofline, rules, tracing
 from lbi.compilers import CompilerState, counters
 from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig
 from lbi.draft_models import Draft, drafts_from
@@ -30,7 +30,7 @@ from lbi.metrics import (
 )
 from lbi.models import known_facts
 from lbi.process import Phases
-from lbi.quantizers import assign, audit, autoquant, custom, gemlite, one_row
+from lbi.quantizers import assign, audit, custom, gemlite, one_row
 from lbi.quantizers.int8_layers import quantize_embeddings
 from lbi.quantizers.options import PLAIN, option, part_names, parts
 from lbi.record import Record
@@ -91,8 +91,8 @@ def quantize(
     before = CompilerState.take()
     assignment = assign.by_name(model, quantizer)
     if quantizer.family == "autoquant":
-        with phases("choose"):
-            assignment, record.effective["choices"] = autoquant.choose(model, config, assignment, sample)
+        chosen = kept_choices.choose(config, model, assignment, sample, kept_in, phases)
+        assignment, record.effective["choices"] = chosen
     if any(part.family == "gemlite" or part.backend == "gemlite" for part in assignment.values()):
         record.effective["gemlite_tuning"] = "kept from earlier runs" if gemlite.load_tuning(tuning) else "own"
 
