@@ -56,6 +56,9 @@ METRICS: dict[str, Metric] = {
     "mfu_measured": Metric("1", "prefill FLOP/s over the measured matmul peak", "higher"),
     "energy_j_per_token": Metric("J", "energy of the device over a whole generation, per new token", "lower"),
     "mean_kld": Metric("nat", "mean KL divergence of the next-token distribution from the unquantized model", "lower"),
+    "mean_kld_bound": Metric(
+        "nat", "most that storing the unquantized model's logits in float16 can have changed of mean_kld", "lower"
+    ),
     "p99_kld": Metric("nat", "99th percentile of the same over positions", "lower"),
     "top1_agreement": Metric("1", "share of positions where both models find the same token likeliest", "higher"),
     "ppl": Metric("1", "perplexity on the quality text", "lower"),

@@ -529,7 +529,7 @@ def test_the_draft_of_speculative_decoding_is_kept_too(plan: Callable[..., Plan]
 
 def test_a_sweep_quantizes_once_for_the_cells_that_share_it(run_lbi: Callable[..., Any], tmp_path: Path) -> None:
     """The second sweep adds a quantizer, and pays for that alone."""
-    grid = ["-m", "model=tiny_random", "tracker=none", "measure=brief", "quality=off", "cache=dynamic,static"]
+    grid = ["-m", "model=tiny_random", "tracker=none", "measure=brief", "quality=off", "measure.repetitions=1,2"]
     for quantizers, name in (("hqq4", "first"), ("hqq4,native_w4", "second")):
         ended = run_lbi(*grid, "store.quantized_s=0", f"quantizer={quantizers}", f"sweep.name={name}", timeout=600)
         assert ended.returncode == 0, ended.stdout + ended.stderr
