@@ -192,9 +192,13 @@ def test_two_drivers_that_begin_together_run_the_unquantized_model_once(tasks: A
     assert statuses(store, same) == ["ok", "ok"]
     kinds = [event.kind for events in seen for event in events]
     assert kinds.count("reference") == 1
-    assert [event.text for events in seen for event in events if event.kind == "wait"] == [
-        f"process {os.getpid()} on {socket.gethostname()} is running the unquantized model"
-    ]
+    waited = [event.text for events in seen for event in events if event.kind == "wait"]
+    # It may be seen between the folder of its claim and what is written there.
+    assert waited
+    assert set(waited) <= {
+        f"{owner} is running the unquantized model"
+        for owner in (f"process {os.getpid()} on {socket.gethostname()}", "a process that has just begun")
+    }
     folders = [entry.name for entry in (store.root / "references").iterdir()]
     assert [name[:7] for name in folders] == ["greedy-"]
 
