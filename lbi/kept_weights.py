@@ -131,6 +131,7 @@ class Kept:
             with _in_use(self.folder):
                 meta, forms = self._read(model)
                 made = {name: put_together(form, model.get_submodule(name)) for name, form in forms.items()}
+                quantize_s = float(meta["quantize_s"])
         except (BadFile, *DAMAGED) as error:
             if not isinstance(error, BadFile):
                 error = BadFile(self.folder, f"cannot be put together ({type(error).__name__}: {error})")
@@ -139,7 +140,7 @@ class Kept:
             return None
         for name, layer in made.items():
             model.set_submodule(name, layer)
-        return float(meta["quantize_s"])
+        return quantize_s
 
     def _read(self, model: Any) -> tuple[dict[str, Any], dict[str, Form]]:
         meta = read_json(self.folder / META, SCHEMA)

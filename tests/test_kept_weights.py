@@ -20,6 +20,7 @@ from lbi import environment, kept_weights, quantizing, steps
 from lbi.config import LbiConfig, QuantizerConfig
 from lbi.engines import make
 from lbi.errors import NotApplied
+from lbi.files import UMASK
 from lbi.models import load
 from lbi.plan import Plan
 from lbi.process import Phases
@@ -104,6 +105,9 @@ def test_kept_weights_are_the_very_tensors_and_make_the_same_tokens(
     assert second.effective["quantized"] == f"cached ({entry.name})"
     names = kept_weights.names_of(fresh, assign.by_name(fresh, config.quantizer), config.quantizer.embeddings)
     assert len(names) >= 14
+    # Others may read what this user may: the store may be theirs too.
+    modes = {file.stat().st_mode & 0o777 for file in (entry / "tensors.safetensors", entry / "meta.json")}
+    assert modes == {0o666 & ~UMASK}
     for layer, form in forms(fresh, names).items():
         assert kept_weights.same(form, take_apart(again.get_submodule(layer))), layer
         assert type(fresh.get_submodule(layer)) is type(again.get_submodule(layer))
@@ -268,6 +272,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "longer": lambda entry: (entry / "tensors.safetensors").open("ab").write(b"x"),
     "no file": lambda entry: (entry / "tensors.safetensors").unlink(),
     "no description": lambda entry: (entry / "meta.json").unlink(),
+    "no seconds": lambda entry: changed(entry / "meta.json", quantize_s="?"),
     "half a description": lambda entry: os.truncate(entry / "meta.json", 100),
     "another's description": lambda entry: changed(entry / "meta.json", key={"weights": "others"}),
 }

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lbi.files import BadFile
+from lbi.files import UMASK, BadFile
 
 LONGEST_HEADER = 1 << 28
 
@@ -77,6 +77,8 @@ def write(path: Path, storages: Mapping[str, torch.Tensor], about: Mapping[str, 
         save_file(dict(storages), path, metadata={"about": json.dumps(about, allow_nan=False)})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    # safetensors makes files that nobody else may read.
+    path.chmod(0o666 & ~UMASK)
     # What is still to be written would be written while something is timed.
     with path.open("rb") as file:
         os.fsync(file.fileno())
