@@ -179,10 +179,10 @@ def test_two_drivers_that_begin_together_run_the_unquantized_model_once(tasks: A
     unit = tasks("ok", "ok", reference="reference")
     same = [replace(task, config=replace(task.config, workload=unit[0].config.workload)) for task in unit]
     seen: list[list[Event]] = [[], []]
+    stores = store, Store.open(store.root, write=True)
 
     def drive(number: int) -> None:
-        own = Store.open(store.root, write=True)
-        run_unit([same[number]], own, seen[number].append, Stop(), time.time())
+        run_unit([same[number]], stores[number], seen[number].append, Stop(), time.time())
 
     threads = [threading.Thread(target=drive, args=(number,)) for number in range(2)]
     for thread in threads:
