@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -140,12 +141,21 @@ class Ended:
 
 
 class Child:
-    """One child process in a session of its own, its output in the attempt's log."""
+    """One child process in a session of its own, its output in the attempt's log.
+
+    While it lives `heartbeats` are touched, beside the attempt's own.
+    """
 
     def __init__(
-        self, process: subprocess.Popen[bytes] | Forked, attempt: Path, resources: ResourcesConfig, stop: Stop
+        self,
+        process: subprocess.Popen[bytes] | Forked,
+        attempt: Path,
+        resources: ResourcesConfig,
+        stop: Stop,
+        heartbeats: Sequence[Path] = (),
     ) -> None:
         self.process, self.attempt, self.resources, self.stop = process, attempt, resources, stop
+        self.heartbeats = (attempt / "heartbeat", *heartbeats)
         self.ooms = _oom_kills()
 
     def wait(self, on_phase: Callable[[str], None]) -> Ended:
@@ -157,7 +167,10 @@ class Child:
             while self.process.poll() is None:
                 now = time.monotonic()
                 if now >= beat_at:
-                    (self.attempt / "heartbeat").touch()
+                    for heartbeat in self.heartbeats:
+                        # The folder of a claim is not there where it could not be made, or was cleared away.
+                        with suppress(FileNotFoundError):
+                            heartbeat.touch()
                     beat_at = now + HEARTBEAT_S
                 if kill_at == float("inf") and (self.stop.wanted or now >= deadline):
                     stopped, timed_out = self.stop.wanted, not self.stop.wanted

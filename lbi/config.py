@@ -329,6 +329,16 @@ class StoreConfig:
 
     name: str = knob("name shown in tables")
     path: str = knob("folder of the store, relative to the current folder")
+    quantized_gb: float = knob(
+        "quantized weights kept for other cells, in GB; the least recently used go; 0: none kept, none used",
+        default=20.0,
+        low=0.0,
+    )
+    quantized_s: float = knob(
+        "they are kept if quantizing took at least this long, in seconds, and longer than reading them back; 0: all",
+        default=2.0,
+        low=0.0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lbi.config import LbiConfig
+from lbi.config import LbiConfig, ModelConfig
 from lbi.errors import InputError, Unsupported
 from lbi.quantizers.options import draft_model
 
@@ -44,7 +44,7 @@ def load_draft(config: LbiConfig, target: Any) -> Draft | None:
         return None
     from lbi.models import load
 
-    model = load(draft_model(str(decoding.draft), config.model.dtype), config.engine).model
+    model = load(drafts_from(config), config.engine).model
     ours, theirs = target.config.vocab_size, model.config.vocab_size
     if ours != theirs:
         raise Unsupported(
@@ -52,6 +52,13 @@ def load_draft(config: LbiConfig, target: Any) -> Draft | None:
             "a draft must come from the same tokenizer"
         )
     return Draft(model, shares_cache=False)
+
+
+def drafts_from(config: LbiConfig) -> ModelConfig:
+    """The model whose weights the draft of a cell has."""
+    if config.decoding.speculative == "self":
+        return config.model
+    return draft_model(str(config.decoding.draft), config.model.dtype)
 
 
 def shared_copy(model: Any) -> Any:

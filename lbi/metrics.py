@@ -56,6 +56,9 @@ METRICS: dict[str, Metric] = {
     "mfu_measured": Metric("1", "prefill FLOP/s over the measured matmul peak", "higher"),
     "energy_j_per_token": Metric("J", "energy of the device over a whole generation, per new token", "lower"),
     "mean_kld": Metric("nat", "mean KL divergence of the next-token distribution from the unquantized model", "lower"),
+    "mean_kld_bound": Metric(
+        "nat", "most that storing the unquantized model's logits in float16 can have changed of mean_kld", "lower"
+    ),
     "p99_kld": Metric("nat", "99th percentile of the same over positions", "lower"),
     "top1_agreement": Metric("1", "share of positions where both models find the same token likeliest", "higher"),
     "ppl": Metric("1", "perplexity on the quality text", "lower"),
@@ -76,7 +79,8 @@ METRICS: dict[str, Metric] = {
     "forced_share": Metric("1", "structured: share of the text's tokens that the grammar left no choice for"),
     "mask_s": Metric("s", "structured: time of the host for the grammar, per token of the text", "lower"),
     "load_s": Metric("s", "reading the weights", "lower"),
-    "quantize_s": Metric("s", "quantizing them", "lower"),
+    "quantize_s": Metric("s", "quantizing them, by the run that did: of kept weights an earlier one", "lower"),
+    "quantized_load_s": Metric("s", "reading quantized weights that an earlier run has kept", "lower"),
     "compile_s": Metric("s", "the first call less the median of the timed ones", "lower"),
     "total_s": Metric("s", "the whole run, child process start to end", "lower"),
 }

@@ -30,10 +30,35 @@ def shifted(logits: torch.Tensor) -> torch.Tensor:
     """Logits less their maximum in each row, in float16.
 
     A float16 is then within 2^-11 of its value relative to its distance from the top: the
-    tokens that carry the probability are stored most precisely.
+    tokens that carry the probability are stored most precisely. What is further away than a
+    float16 reaches has no probability either way.
     """
     logits = logits.float()
-    return (logits - logits.amax(dim=-1, keepdim=True)).half()
+    return (logits - logits.amax(dim=-1, keepdim=True)).clamp_(min=torch.finfo(torch.float16).min).half()
+
+
+ROUNDING, SMALLEST = 2.0**-11 + 2.0**-22, 2.0**-24
+"""Largest relative error of a stored logit, the float32 subtraction included, and its error close to zero."""
+
+ROWS = 64
+"""Positions whose bound is computed at once, which holds a few arrays of the vocabulary's size for each."""
+
+
+def storage_bound(stored: torch.Tensor, theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """How far each position's KLD may be from that against the reference's logits before they were stored.
+
+    `theirs` and `ours` are log probabilities, `theirs` of the `stored` logits. lbi/reference.py derives it.
+    """
+    found = []
+    for logits, p, q in zip(stored.split(ROWS), theirs.split(ROWS), ours.split(ROWS), strict=True):
+        wide, weight = logits.float(), p.exp()
+        error = wide.abs().mul_(ROUNDING / (1 - ROUNDING)).add_(SMALLEST)
+        shift = (weight * error.exp()).sum(dim=-1, keepdim=True).log()
+        off = error.add_(shift).expm1_()
+        apart = (p - q).sub_((weight * (p - q)).sum(dim=-1, keepdim=True)).abs_()
+        found.append((weight * off * (apart + off)).sum(dim=-1))
+    # What float32 may have lost of the bound itself.
+    return 1.01 * torch.cat(found)
 
 
 @dataclass(slots=True)
@@ -41,6 +66,7 @@ class Score:
     """Per-position sums of the comparison; lists of one number a position."""
 
     kld: list[float] = field(default_factory=list)
+    bound: list[float] = field(default_factory=list)
     same_top: list[bool] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
     reference_nll: list[float] = field(default_factory=list)
@@ -57,6 +83,7 @@ class Score:
         divergence = (theirs.exp() * (theirs - ours)).sum(dim=-1)
         # Rounding can leave a divergence of two equal distributions a hair below zero.
         self.kld += divergence.clamp(min=0).tolist()
+        self.bound += storage_bound(reference, theirs, ours).tolist()
         self.same_top += (ours.argmax(dim=-1) == theirs.argmax(dim=-1)).tolist()
         picked = following.unsqueeze(1)
         self.nll += (-ours.gather(1, picked).squeeze(1)).tolist()
@@ -70,6 +97,7 @@ class Score:
         return {
             "mean_kld": float(kld.mean()),
             "mean_kld_se": _standard_error(kld),
+            "mean_kld_bound": float(np.mean(self.bound)),
             "p99_kld": float(np.percentile(kld, 99, method="higher")),
             "top1_agreement": float(same.mean()),
             "top1_agreement_se": _standard_error(same),

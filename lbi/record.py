@@ -28,7 +28,7 @@ class Record:
         import pyarrow.parquet as pq
 
         for name, phase in (("load_s", "load"), ("quantize_s", "quantize")):
-            self.metrics[name] = self.phases.seconds.get(phase, 0.0)
+            self.metrics.setdefault(name, self.phases.seconds.get(phase, 0.0))
         pq.write_table(pa.Table.from_pylist(self.samples), self.folder / "samples.parquet")
         write_json(self.folder / "effective.json", {"schema": SCHEMA, **self.effective})
         write_json(self.folder / "text.json", {"schema": SCHEMA, **self.text})

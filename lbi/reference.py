@@ -5,7 +5,24 @@
 Runs in a process of its own like any run, so that no cell inherits anything from it.
 Logits depend on the model and the text; greedy tokens on the model and the workload; the
 quality of a cell on its weights besides. Each is a folder under references/; the first two
-appear by one rename when they are whole.
+appear by one rename when they are whole. Whoever makes them holds a claim (claims.py), so that
+of several slots, sweeps or nodes that need one at once, one makes it and the others wait.
+
+Logits are stored as float16 of their distance r <= 0 from the largest. What that adds to a cell's KLD is
+bounded. Let P be the distribution before storing, p the stored one and q the cell's. A stored distance is
+within e_i <= u |r_i| + 2^-24 of the true one, u = 2^-11 (1 + 2^-10), so the true log probabilities are
+log p_i - d_i - c with |d_i| <= e_i and c, which makes them sum to one, at most A = log sum p_i exp(e_i) in
+size. Hence |P_i - p_i| <= p_i g_i with g_i = exp(e_i + A) - 1. And since both sum to one,
+
+    KLD(p, q) - KLD(P, q) = sum (p_i - P_i) (log(p_i / q_i) - KLD(p, q)) - KLD(P, p)
+
+where KLD(P, p) <= sum (P_i - p_i)^2 / p_i. So the two differ by at most
+
+    sum p_i g_i (|log(p_i / q_i) - KLD(p, q)| + g_i),
+
+which quality.py computes for each position and results have as mean_kld_bound. To first order it is below
+2^-10 (rms of r) (deviation of log(p / q)), both under p; and for a small KLD that deviation is about
+sqrt(2 KLD). Actual errors have both signs and are far smaller (tests/test_quality.py).
 """
 
 from __future__ import annotations

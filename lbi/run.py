@@ -122,8 +122,9 @@ def make_ready(config: LbiConfig, request: dict[str, Any], record: Record, phase
             "cache.max_len", slots, f"is too short for {needed} tokens", "Set it to null for what is needed"
         )
     draft = load_draft(config, loaded.model)
-    layers = steps.quantize(config, loaded.model, sample, tuning, record, phases)
-    draft_layers = steps.quantize_draft(config, draft, record, phases)
+    kept = Path(request["quantized"])
+    layers = steps.quantize(config, loaded.model, sample, tuning, record, phases, kept)
+    draft_layers = steps.quantize_draft(config, draft, record, phases, kept)
     check = None
     if checked:
         steps.check_one_row(config, loaded.model, layers, len(prompt), record, phases)

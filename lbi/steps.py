@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lbi import environment, identity, lossless, quality, roofline, rules, tracing
+from lbi import environment, identity, kept_choices, lossless, quality, quantizing, roofline, rules, tracing
 from lbi.compilers import CompilerState, counters
 from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig
-from lbi.draft_models import Draft
+from lbi.draft_models import Draft, drafts_from
 from lbi.engines import Engine, Generation, make, plain_engine, steps_to_look_at
 from lbi.errors import BadNumerics, NotApplied, Unsupported
 from lbi.files import BadFile, read_json, write_json
@@ -30,7 +30,7 @@ from lbi.metrics import (
 )
 from lbi.models import known_facts
 from lbi.process import Phases
-from lbi.quantizers import assign, audit, autoquant, custom, gemlite, one_row
+from lbi.quantizers import assign, audit, custom, gemlite, one_row
 from lbi.quantizers.int8_layers import quantize_embeddings
 from lbi.quantizers.options import PLAIN, option, part_names, parts
 from lbi.record import Record
@@ -72,11 +72,18 @@ def check_context(config: LbiConfig, model: Any, prompt_tokens: int) -> None:
 
 
 def quantize(
-    config: LbiConfig, model: Any, sample: list[int], tuning: Path, record: Record, phases: Phases
+    config: LbiConfig,
+    model: Any,
+    sample: list[int],
+    tuning: Path,
+    record: Record,
+    phases: Phases,
+    kept_in: Path | None = None,
 ) -> list[audit.Layer]:
     """Quantize and audit; the linear layers as found.
 
-    `sample` is the text whose pass autoquant looks at, `tuning` the file of GemLite's earlier tuning.
+    `sample` is the text whose pass autoquant looks at, `tuning` the file of GemLite's earlier tuning,
+    `kept_in` the folder of weights that earlier runs have quantized.
 
     Raises `NotApplied` where the layers are not as asked.
     """
@@ -84,14 +91,18 @@ def quantize(
     before = CompilerState.take()
     assignment = assign.by_name(model, quantizer)
     if quantizer.family == "autoquant":
-        with phases("choose"):
-            assignment, record.effective["choices"] = autoquant.choose(model, config, assignment, sample)
-    with phases("quantize"):
-        if any(part.family == "gemlite" or part.backend == "gemlite" for part in assignment.values()):
-            record.effective["gemlite_tuning"] = "kept from earlier runs" if gemlite.load_tuning(tuning) else "own"
+        chosen = kept_choices.choose(config, model, assignment, sample, kept_in, phases)
+        assignment, record.effective["choices"] = chosen
+    if any(part.family == "gemlite" or part.backend == "gemlite" for part in assignment.values()):
+        record.effective["gemlite_tuning"] = "kept from earlier runs" if gemlite.load_tuning(tuning) else "own"
+
+    def make() -> None:
         assign.apply(model, assignment)
         if quantizer.embeddings == "int8":
             quantize_embeddings(model)
+
+    weights = quantizing.Weights(config.model, assignment, quantizer.embeddings)
+    had = quantizing.have(config, model, weights, kept_in, phases, "quantize", make)
     undone = before.restore()
     with phases("audit"):
         layers = audit.read_layers(model, frozenset(assignment))
@@ -99,23 +110,32 @@ def quantize(
         gc.collect()
         summary = audit.summarize(layers)
         weight_bytes = audit.weight_bytes(model)
+    had.keep(model, weights, phases)
     record.metrics |= {
+        "quantize_s": had.quantize_s,
         "weight_bytes": float(weight_bytes),
         "bits_per_weight": summary["bits_per_weight"],
         "quantized_fraction": summary["quantized_fraction"],
     }
     record.effective |= {
         "weights": summary,
+        **had.effective(),
         "settings_undone": undone,
         "attention": getattr(model.config, "_attn_implementation", None),
         "threads": torch.get_num_threads(),
         "cores": environment.cores(),
         "torch": torch.__version__,
     }
+    if had.load_s is None:
+        record.missing["quantized_load_s"] = "no kept weights were read"
+    else:
+        record.metrics["quantized_load_s"] = had.load_s
     return layers
 
 
-def quantize_draft(config: LbiConfig, draft: Draft | None, record: Record, phases: Phases) -> list[audit.Layer]:
+def quantize_draft(
+    config: LbiConfig, draft: Draft | None, record: Record, phases: Phases, kept_in: Path | None = None
+) -> list[audit.Layer]:
     """Quantize and audit the model that drafts, if there is one; its linear layers as found.
 
     Raises `NotApplied` where they are not as asked.
@@ -126,14 +146,24 @@ def quantize_draft(config: LbiConfig, draft: Draft | None, record: Record, phase
     wanted = option(chosen) if chosen else PLAIN
     before = CompilerState.take()
     assignment = assign.by_name(draft.model, wanted)
-    with phases("quantize the draft"):
-        assign.apply(draft.model, assignment)
+    weights = quantizing.Weights(drafts_from(config), assignment)
+    had = quantizing.have(
+        config,
+        draft.model,
+        weights,
+        kept_in,
+        phases,
+        "quantize the draft",
+        lambda: assign.apply(draft.model, assignment),
+    )
     before.restore()
     layers = audit.read_layers(draft.model, frozenset(assignment))
     audit.check(layers, assignment, wanted.name)
     gc.collect()
+    had.keep(draft.model, weights, phases)
     blocks = draft.model.config.num_hidden_layers
     found = {"weights": audit.summarize(layers), "layers": blocks, "shares_cache": draft.shares_cache}
+    found |= had.effective()
     record.effective["draft"] = found
     return layers
 

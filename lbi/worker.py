@@ -19,6 +19,7 @@ from typing import Any
 
 from lbi import reference, tracing
 from lbi.children import NOTHING, POLL_S, Child, Ended, Starter, Stop, phase_of
+from lbi.claims import claimed
 from lbi.config import LbiConfig
 from lbi.errors import InputError
 from lbi.files import BadFile, read_json, write_json
@@ -141,6 +142,7 @@ class _Bench:
             "run_id": task.run_id,
             "env_id": task.env_id,
             "devices": str(self.store.root / "devices"),
+            "quantized": str(self.store.root / "quantized"),
             "device_name": _device_name(task.config, self.description),
             "references": {name: str(folder) for name, folder in references.items()},
             "slot": self.slot.record(),
@@ -181,11 +183,17 @@ class _Bench:
             tracing.add(attempt.folder, {trace: {"missing": why} for trace in traces})
 
     def _child(
-        self, module: str, folder: Path, task: Task, attempt: Attempt, own: Mapping[str, str] = NOTHING
+        self,
+        module: str,
+        folder: Path,
+        task: Task,
+        attempt: Attempt,
+        own: Mapping[str, str] = NOTHING,
+        heartbeats: Sequence[Path] = (),
     ) -> Ended:
         log, caches = attempt.folder / "log.txt", compile_cache(task.env_id)
         started = self.starter.start(module, folder, log, task.config, caches, own)
-        child = Child(started.process, attempt.folder, task.config.resources, self.stop.of(task.run_id))
+        child = Child(started.process, attempt.folder, task.config.resources, self.stop.of(task.run_id), heartbeats)
         process = {"schema": SCHEMA, "pid": started.process.pid, "started": started.how}
         write_json(folder / "process.json", process)
         ended = child.wait(lambda phase: self.report("phase", task, phase))
@@ -197,29 +205,51 @@ class _Bench:
         if reference.base_model(task.config) is None:
             return reference.NO_BASE
         wanted = [references["greedy"]] + ([references["logits"]] if task.config.quality.enabled else [])
-        missing = [str(folder) for folder in wanted if not folder.exists()]
+        missing = [folder for folder in wanted if not folder.exists()]
         if not missing or self.stop.wanted:
             return None
-        turns, key = self.work.turns, str(wanted)
-        with turns.of(missing, while_waiting=(attempt.folder / "heartbeat").touch):
-            if self.stop.wanted or all(folder.exists() for folder in wanted):
+        turns, key, heartbeat = self.work.turns, str(wanted), attempt.folder / "heartbeat"
+
+        def settled() -> bool:
+            return self.stop.wanted or all(folder.exists() for folder in wanted)
+
+        # The slots of this driver first, which share what failed; then other drivers, on whichever host.
+        with turns.of([str(folder) for folder in missing], while_waiting=heartbeat.touch):
+            if settled():
                 return None
             # Not tried again for every cell of the unit: it would fail again, and cost the same again.
             if key not in turns.failed:
-                problem = self._compute_reference(task, references, attempt)
+                with claimed(missing, settled, self._waiting_for_reference(task, heartbeat)) as heartbeats:
+                    if heartbeats is None:
+                        return None
+                    problem = self._compute_reference(task, references, attempt, heartbeats)
                 if all(folder.exists() for folder in wanted):
                     return None
                 turns.failed[key] = problem
             return turns.failed[key]
 
-    def _compute_reference(self, task: Task, references: dict[str, Path], attempt: Attempt) -> str:
-        """Run the unquantized model; how that ended."""
+    def _waiting_for_reference(self, task: Task, heartbeat: Path) -> Callable[[str], None]:
+        """Says once who is making a reference that this run waits for, and keeps the run's own heart beating."""
+        said: set[str] = set()
+
+        def waiting(owner: str) -> None:
+            heartbeat.touch()
+            if owner not in said:
+                self.report("wait", task, f"{owner} is running the unquantized model")
+            said.add(owner)
+
+        return waiting
+
+    def _compute_reference(
+        self, task: Task, references: dict[str, Path], attempt: Attempt, heartbeats: Sequence[Path]
+    ) -> str:
+        """Run the unquantized model; how that ended. `heartbeats` tell other drivers that it is being done."""
         self.report("reference", task)
         folder = attempt.folder / "reference"
         folder.mkdir()
         request = {name: str(path) for name, path in references.items()}
         write_json(folder / "request.json", {"schema": SCHEMA, "config": plain(task.config), **request})
-        ended = self._child("lbi.reference", folder, task, attempt)
+        ended = self._child("lbi.reference", folder, task, attempt, heartbeats=heartbeats)
         last = _last_line(attempt.folder / "log.txt")
         return f"the unquantized model could not be run: {ended.describe()} ({last})"
 

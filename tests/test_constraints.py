@@ -72,6 +72,7 @@ def outcome(overrides: tuple[str, ...], folder: Path) -> tuple[str, Record]:
     config = constraints.config_of((*overrides, *brief, "sweep.prune=false"), "cpu")
     request: dict[str, Any] = {
         "devices": str(folder),
+        "quantized": str(folder / "quantized"),
         "env_id": "trial",
         "run_id": "trial",
         "device_name": "",

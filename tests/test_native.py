@@ -304,7 +304,7 @@ def test_the_plan_knows_what_can_be_stored(
 def test_autoquant_does_not_time_what_has_no_kernel_here(plan: Callable[..., Plan]) -> None:
     config = plan("quantizer=autoquant", "quantizer.candidates=[int8_pack,native_w8]").cells[0].config
     assert config is not None
-    usable, refused = autoquant._candidates(config)
+    usable, refused = autoquant.usable_candidates(config)
     assert list(usable) == ["none", "int8_pack"]
     assert refused == {"native_w8": "native_w8 has no kernel on a CPU"}
 

@@ -59,6 +59,64 @@ def test_scores_equal_a_float64_computation() -> None:
     assert found["quality_positions"] == len(scored) == 96
 
 
+def exact_kld(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """KLD of each position, in float64."""
+    p, q = torch.log_softmax(theirs.double(), dim=-1), torch.log_softmax(ours.double(), dim=-1)
+    return (p.exp() * (p - q)).sum(dim=-1)
+
+
+def scored(theirs: torch.Tensor, ours: torch.Tensor) -> quality.Score:
+    score = quality.Score()
+    score.add(ours, quality.shifted(theirs), torch.zeros(len(ours), dtype=torch.long))
+    return score
+
+
+@pytest.mark.parametrize("vocabulary", [8, 1000, 30000])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 12.0])
+@pytest.mark.parametrize("noise", [0.01, 0.3, 1.0])
+def test_storing_the_reference_changes_a_kld_by_no_more_than_the_bound(
+    vocabulary: int, scale: float, noise: float
+) -> None:
+    reference = scale * torch.randn(80, vocabulary)
+    cell = reference + noise * scale * torch.randn(80, vocabulary)
+    exact, stored = exact_kld(reference, cell), exact_kld(quality.shifted(reference), cell)
+    found = scored(reference, cell)
+    bound = torch.tensor(found.bound, dtype=torch.float64)
+    assert bool(((stored - exact).abs() <= bound).all())
+    # Adding up in float32 comes on top, and is far less than a difference anyone would see.
+    assert bool(((torch.tensor(found.kld).double() - stored).abs() <= 1e-5 * (1 + stored)).all())
+    # First order: twice the rounding, times two deviations under p.
+    p = torch.log_softmax(quality.shifted(reference).double(), dim=-1)
+    apart = p - torch.log_softmax(cell.double(), dim=-1) - stored[:, None]
+    distance = (p.exp() * quality.shifted(reference).double() ** 2).sum(dim=-1).sqrt()
+    first = 2.0**-10 * distance * (p.exp() * apart**2).sum(dim=-1).sqrt()
+    assert bool((bound <= 1.05 * first + 1e-5).all())
+
+
+def test_errors_of_storing_that_all_point_one_way_are_within_the_bound() -> None:
+    """The worst there is: each distance rounded by half a step, up where the cell has too little, else down."""
+    steps = torch.arange(1025, 1200, 2, dtype=torch.float64) / 1024
+    stored = torch.cat([torch.zeros(1, dtype=torch.float64), -steps]).half()
+    cell = stored.double() + 0.5 * torch.randn(len(stored))
+    apart = torch.log_softmax(stored.double(), dim=-1) - torch.log_softmax(cell, dim=-1)
+    way = torch.where(apart > exact_kld(stored[None], cell[None]), -1.0, 1.0)
+    way[0] = 0.0
+    true = stored.double() + way * 0.499 * 2.0**-10
+    assert torch.equal(true.float().half(), stored)
+    found = scored(true.float()[None], cell.float()[None])
+    moved = float((exact_kld(stored[None], cell[None]) - exact_kld(true[None], cell[None])).abs())
+    assert 0.05 * found.bound[0] < moved <= found.bound[0]
+
+
+def test_logits_that_no_float16_reaches_are_stored_as_far_away() -> None:
+    reference = torch.tensor([[0.0, -1.0, -1e5, -torch.inf]])
+    stored = quality.shifted(reference)
+    assert torch.isfinite(stored).all()
+    found = scored(reference, torch.tensor([[0.0, -1.5, -20.0, -20.0]]))
+    assert 0 < found.kld[0] < 0.1
+    assert 0 < found.bound[0] < 1e-3
+
+
 def test_the_reference_against_itself_is_zero_up_to_its_storage() -> None:
     reference = 6 * torch.randn(64, 1000)
     tokens = torch.randint(0, 1000, (64,)).tolist()

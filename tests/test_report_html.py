@@ -268,11 +268,13 @@ CHOICES = {
 
 def test_what_autoquant_chose_among(sweep: Callable[..., Sweep]) -> None:
     made = sweep()
-    made.measured("autoquant", 100.0, effective={"choices": CHOICES})
+    told = {"choices": {**CHOICES, "from": "an earlier run"}, "quantized": "fresh", "quantized_notes": ["not kept: x"]}
+    made.measured("autoquant", 100.0, effective=told)
     made.measured("none", 90.0)
     page = made.page()
+    assert page.details(0)["quantized weights"] == "fresh; not kept: x"
     assert page.details(0)["autoquant's choices"].splitlines() == [
-        "timed at 1 row, largest error allowed 10%",
+        "timed at 1 row, largest error allowed 10%, an earlier run",
         "32 × 576 → 1536: int4_wo group_size=64 for 30, int8_pack for 2 (int4_wo group_size=64 3 µs, error 8.0%; "
         "int8_pack 5.2 µs, error 0.4%; none 12.1 µs; fp8_da left out: needs sm_89)",
     ]

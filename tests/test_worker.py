@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ CHILD = Path(__file__).parent / "fakes" / "child.py"
 def tasks(plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Task]]:
     """Tasks whose children follow the given scripts, in order."""
 
-    def made(*scripts: str, **resources: Any) -> list[Task]:
+    def made(*scripts: str, reference: str = "nothing", **resources: Any) -> list[Task]:
         lengths = ",".join(str(8 + number) for number in range(len(scripts)))
         cells = plan(f"workload.new_tokens={lengths}", "quality=off").cells
         found = [task for unit in make_units(cells) for task in unit.tasks]
@@ -40,7 +41,7 @@ def tasks(plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> Callabl
         def start(
             self: Any, module: str, folder: Path, log: Path, config: LbiConfig, caches: Path, own: Any = ()
         ) -> Started:
-            script = "nothing" if module == "lbi.reference" else by_run[config.workload.new_tokens]
+            script = reference if module == "lbi.reference" else by_run[config.workload.new_tokens]
             with log.open("a") as output:
                 process = subprocess.Popen(
                     [sys.executable, str(CHILD), str(folder), script],
@@ -171,6 +172,35 @@ def test_a_reference_that_fails_is_said_and_not_tried_again(tasks: Any, store: S
     same = [replace(task, config=replace(task.config, workload=unit[0].config.workload)) for task in unit]
     events = run(same, store)
     assert [event.kind for event in events].count("reference") == 1
+
+
+def test_two_drivers_that_begin_together_run_the_unquantized_model_once(tasks: Any, store: Store) -> None:
+    """Two units of one model, on two nodes: what one makes, the other waits for."""
+    unit = tasks("ok", "ok", reference="reference")
+    same = [replace(task, config=replace(task.config, workload=unit[0].config.workload)) for task in unit]
+    seen: list[list[Event]] = [[], []]
+    stores = store, Store.open(store.root, write=True)
+
+    def drive(number: int) -> None:
+        run_unit([same[number]], stores[number], seen[number].append, Stop(), time.time())
+
+    threads = [threading.Thread(target=drive, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses(store, same) == ["ok", "ok"]
+    kinds = [event.kind for events in seen for event in events]
+    assert kinds.count("reference") == 1
+    waited = [event.text for events in seen for event in events if event.kind == "wait"]
+    # It may be seen between the folder of its claim and what is written there.
+    assert waited
+    assert set(waited) <= {
+        f"{owner} is running the unquantized model"
+        for owner in (f"process {os.getpid()} on {socket.gethostname()}", "a process that has just begun")
+    }
+    folders = [entry.name for entry in (store.root / "references").iterdir()]
+    assert [name[:7] for name in folders] == ["greedy-"]
 
 
 def test_the_workers_own_entry_point_runs_a_unit_file(

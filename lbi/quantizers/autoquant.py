@@ -61,7 +61,7 @@ def choose(model: Any, config: LbiConfig, assignment: Assignment, sample: list[i
 
     quantizer = config.quantizer
     targets = [name for name, part in assignment.items() if part.family == "autoquant"]
-    candidates, refused = _candidates(config)
+    candidates, refused = usable_candidates(config)
     chosen, shapes = dict(assignment), {}
     with torch.no_grad(), _many_compiles():
         inputs = _inputs(model, targets, sample)
@@ -73,7 +73,7 @@ def choose(model: Any, config: LbiConfig, assignment: Assignment, sample: list[i
     return chosen, _evidence(shapes, list(candidates), quantizer)
 
 
-def _candidates(config: LbiConfig) -> tuple[dict[str, QuantizerConfig], dict[str, str]]:
+def usable_candidates(config: LbiConfig) -> tuple[dict[str, QuantizerConfig], dict[str, str]]:
     """The options worth trying on this machine, always with the plain weights, and why not the others."""
     from lbi import rules
     from lbi.model_files import inspect

@@ -74,16 +74,40 @@ class RsrLinear(torch.nn.Module):
         self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, k: int | None = None
     ) -> None:
         super().__init__()
-        problem = ternary_ops.problem()
-        if problem:
-            raise Unsupported(f"RSR has no form but the compiled one: {problem}")
-        self.out_features, self.in_features = codes.shape
-        self.k = k or rsr_index.block_size(self.in_features)
-        index, starts = rsr_index.build(codes.cpu().numpy(), self.k)
-        self.register_buffer("index", torch.from_numpy(index))
-        self.register_buffer("starts", torch.from_numpy(starts))
+        _want_operators()
+        k = k or rsr_index.block_size(codes.shape[1])
+        index, starts = rsr_index.build(codes.cpu().numpy(), k)
+        self._hold(torch.from_numpy(index), torch.from_numpy(starts), scale, bias, (*codes.shape, k))
+
+    def _hold(
+        self,
+        index: torch.Tensor,
+        starts: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        sizes: tuple[int, int, int],
+    ) -> None:
+        self.out_features, self.in_features, self.k = sizes
+        self.register_buffer("index", index)
+        self.register_buffer("starts", starts)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
+
+    @classmethod
+    def of_index(
+        cls,
+        index: torch.Tensor,
+        starts: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        sizes: tuple[int, int, int],
+    ) -> RsrLinear:
+        """A layer whose index is there already; `sizes` are its rows, its columns and k."""
+        _want_operators()
+        made = cls.__new__(cls)
+        torch.nn.Module.__init__(made)
+        made._hold(index, starts, scale, bias, sizes)
+        return made
 
     @classmethod
     def of(cls, linear: Any) -> RsrLinear:
@@ -99,6 +123,13 @@ class RsrLinear(torch.nn.Module):
             flat, self.index, self.starts, self.scale, self.out_features, self.k, fold=True
         )
         return _shaped(product, inputs, self.bias)
+
+
+def _want_operators() -> None:
+    """Load the compiled operators of RSR. Raises `Unsupported` where there are none."""
+    problem = ternary_ops.problem()
+    if problem:
+        raise Unsupported(f"RSR has no form but the compiled one: {problem}")
 
 
 def _bias(linear: Any) -> torch.Tensor | None:

@@ -69,6 +69,13 @@ def _trace(about: Mapping[str, Any]) -> str:
     return "; ".join([*words, *(str(about[name]) for name in ("note", "failed") if about.get(name))])
 
 
+def weights_from(effective: dict[str, Any]) -> list[str]:
+    """Whether the run has quantized its weights itself, and why they were not kept for others if they were not."""
+    notes = [note for note in _list(effective.get("quantized_notes")) if isinstance(note, str)]
+    origin = effective.get("quantized")
+    return [origin, *notes] if isinstance(origin, str) else notes
+
+
 def choices(effective: dict[str, Any]) -> list[str]:
     """One text a shape: what was chosen for how many layers, each candidate's time, error, or why it was left out."""
     known = part(effective, "choices")
@@ -83,7 +90,7 @@ def _conditions(known: dict[str, Any]) -> list[str]:
     tokens, bound = known.get("tokens"), known.get("max_error")
     timed = f"timed at {tokens:g} {'row' if tokens == 1 else 'rows'}" if finite(tokens) else ""
     limit = f"largest error allowed {percent(bound)}" if finite(bound) else ""
-    text = ", ".join(word for word in (timed, limit) if word)
+    text = ", ".join(word for word in (timed, limit, known.get("from")) if word and isinstance(word, str))
     return [text] if text else []
 
 
