@@ -78,7 +78,7 @@ def _drive(request: Request, launcher: Any) -> int:
     runs = plan.having(RUN)
     executor = launcher.executor(name, config.sweep)
     units = schedule.make_units(runs, executor.pack)
-    terminal.show_plan(plan, name, store, schedule.estimate(runs, store), executor.forecast(units, store))
+    terminal.show_plan(plan, name, store, schedule.estimate(units, store), executor.forecast(units, store))
     if config.sweep.dry_run:
         return OK
     if all(cell.verdict == PRUNED for cell in plan.cells):

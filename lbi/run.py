@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lbi.config import LbiConfig
 from lbi.errors import InputError, OutOfMemory, RunFailure
 from lbi.files import read_json, write_json
-from lbi.process import Phases, die_with_parent, prepare
+from lbi.process import Phases, cpu_seconds, die_with_parent, prepare
 from lbi.record import Record
 from lbi.store import SCHEMA
 from lbi.typed import build
@@ -37,10 +37,10 @@ def main(folder: Path) -> int:
     started = time.perf_counter()
     request = read_json(folder / "config.json", SCHEMA) or {}
     phases = Phases(folder)
+    record = Record(folder, phases)
     status, reason = "ok", ""
     try:
         config = build(LbiConfig, request["config"])
-        record = Record(folder, phases)
         record.effective |= request["slot"]
         with phases("import"):
             prepare(config)
@@ -51,7 +51,9 @@ def main(folder: Path) -> int:
     except Exception as error:
         status, reason = _classify(error)
         traceback.print_exc()
-    write_json(folder / "verdict.json", {"schema": SCHEMA, "status": status, "reason": reason, **phases.report()})
+    cost = {**record.cost, "cpu_s": cpu_seconds()}
+    verdict = {"schema": SCHEMA, "status": status, "reason": reason, **phases.report(), "cost": cost}
+    write_json(folder / "verdict.json", verdict)
     return 0 if status == "ok" else 1
 
 

@@ -21,7 +21,7 @@ from lbi.collect import Row, rows
 from lbi.comparing import Comparison, compare
 from lbi.files import write_bytes
 from lbi.ranking import Table, tables
-from lbi.report import sections
+from lbi.report import cost_section, sections
 from lbi.report.cell_details import Extent, details
 from lbi.report.cell_table import cell_table, controls
 from lbi.report.chart_figures import Figures
@@ -130,7 +130,12 @@ def _header(content: Content) -> Html:
     links = [("result", "Result"), *((f"table-{index}", sections.title(table)) for index, table in _numbered(content))]
     if content.comparison:
         links.append(("against", f"Against {content.comparison.what}"))
-    links += [("left-out", "Cells left out"), ("environment", "Environment"), ("numbers", "What the numbers mean")]
+    links += [
+        ("cost", "Where the time went"),
+        ("left-out", "Cells left out"),
+        ("environment", "Environment"),
+        ("numbers", "What the numbers mean"),
+    ]
     links += [("request", "Request")]
     cells = "1 cell" if len(content.rows) == 1 else f"{len(content.rows)} cells"
     total = f"{cells}: {sections.counts(content.rows)}." if content.rows else "The plan has no cell."
@@ -161,6 +166,7 @@ def _main(content: Content, extent: Extent, figures: Figures) -> Html:
     found = environments(content.rows, content.facts)
     request = sections.request(content.header, str(content.root), content.made, content.rows)
     parts += [
+        _section("cost", "Where the time went", cost_section.section(content.rows, content.header)),
         _section("left-out", "Cells left out", sections.not_run(content.rows)),
         _section("environment", "Environment", environment_section(found)),
         _section("numbers", "What the numbers mean", sections.how_measured(), *missing),

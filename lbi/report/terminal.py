@@ -16,6 +16,7 @@ from rich.table import Table as Grid
 from lbi import tracing
 from lbi.collect import Row
 from lbi.ranking import AGGREGATE, SPEED, Ranked, Table, disturbance, outrun, tables, unfused
+from lbi.report import cost_section
 from lbi.report.figures import small, with_noise
 from lbi.store import Store
 from lbi.sweep_folder import read_header
@@ -183,6 +184,8 @@ def show_results(store: Store, sweep: str, rows: Sequence[Row]) -> None:
     header = read_header(store, sweep)
     for table in tables(rows, header["baseline"], header["max_kld"]):
         _show_table(out, table, header)
+    for line in cost_section.lines(rows, header):
+        out.print(escape(line), style="dim", soft_wrap=True)
     for problem in {str(problem) for problem in store.problems}:
         out.print(f"[yellow]Ignored in the store:[/] {escape(problem)}")
     folder = store.sweep_folder(sweep)
