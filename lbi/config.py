@@ -329,6 +329,11 @@ class StoreConfig:
 
     name: str = knob("name shown in tables")
     path: str = knob("folder of the store, relative to the current folder")
+    graphs_gb: float = knob(
+        "the most that compiled graphs kept in the store may take, in GB; the least recently used go first",
+        default=2.0,
+        low=0.0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,6 +23,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     "peaks": ("roofline",),
     "quality": ("quality",),
     "trace": ("look inside", "trace", "trace pass"),
+    "graphs": ("open graphs", "keep graphs"),
     "other": (),
 }
 """What a run's time goes to, in the order in which it is spent, and the steps of a run that each sums up."""
@@ -40,6 +41,7 @@ MEANING = {
     "peaks": "measuring the machine's own peaks, once a machine",
     "quality": "the teacher-forced pass, or reading one that is shared",
     "trace": "looking inside a decode step, and the profiler's trace",
+    "graphs": "linking, unpacking and keeping compiled graphs of earlier and later runs",
     "other": "the rest of the wall time: waiting for another's reference, writing files, ending the process",
 }
 

@@ -78,12 +78,14 @@ def _drive(request: Request, launcher: Any) -> int:
     runs = plan.having(RUN)
     executor = launcher.executor(name, config.sweep)
     units = schedule.make_units(runs, executor.pack)
-    terminal.show_plan(plan, name, store, schedule.estimate(units, store), executor.forecast(units, store))
+    estimate = schedule.estimate(units, store)
+    terminal.show_plan(plan, name, store, estimate, executor.forecast(units, store))
     if config.sweep.dry_run:
         return OK
     if all(cell.verdict == PRUNED for cell in plan.cells):
         raise InputError("overrides", " ".join(request.arguments), "no cell of the grid can run; the reasons are above")
-    write_plan(store, name, plan, _header("python -m lbi -m " + shlex.join(request.arguments), plan, started))
+    header = _header("python -m lbi -m " + shlex.join(request.arguments), plan, started)
+    write_plan(store, name, plan, header | {"estimate_s": estimate.seconds})
     stop = Stop()
     if runs:
         on_cpu = executor.here and any(cell.config and cell.config.engine.device == "cpu" for cell in runs)

@@ -16,6 +16,7 @@ from lbi import environment, tracing
 from lbi.config import LbiConfig
 from lbi.cost_model import CostModel
 from lbi.files import write_json
+from lbi.graph_key import graph_key
 from lbi.store import SCHEMA, Store
 from lbi.typed import plain
 from lbi.worker import Task
@@ -46,11 +47,13 @@ def make_units(cells: Sequence[Cell], pack: bool = False) -> list[Unit]:
 
     With `pack` a unit has at most `resources.runs_per_job` runs, for jobs that work side by side.
     """
-    tasks = [
-        Task(cell.index, cell.name, cell.run_id, cell.env_id, cell.config)
-        for cell in sorted(cells, key=lambda cell: (_plainness(cell.config), cell.index))
-        if cell.config is not None
-    ]
+    tasks = _with_their_graphs(
+        [
+            Task(cell.index, cell.name, cell.run_id, cell.env_id, cell.config)
+            for cell in sorted(cells, key=lambda cell: (_plainness(cell.config), cell.index))
+            if cell.config is not None
+        ]
+    )
     groups = make_packs(tasks) if pack else _groups(tasks)
     return [Unit(f"unit-{index}", tuple(group)) for index, group in enumerate(groups)]
 
@@ -68,10 +71,37 @@ def _groups(tasks: Sequence[Task]) -> list[list[Task]]:
     return list(groups.values())
 
 
+def _with_their_graphs(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks in their order, but each directly after those before it that share its graph."""
+    return [task for graph in _by_graph(tasks) for task in graph]
+
+
+def _by_graph(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Tasks that share a compiled graph, together; one that compiles nothing is alone."""
+    graphs: dict[str | int, list[Task]] = {}
+    for number, task in enumerate(tasks):
+        graphs.setdefault(graph_key(task.config) or number, []).append(task)
+    return list(graphs.values())
+
+
 def _packs(tasks: list[Task]) -> list[list[Task]]:
-    """Tasks dealt out like cards, so that every pack begins with plain settings and ends with compiled ones."""
+    """As few packs as `resources.runs_per_job` allows, as even as can be, and cells of one graph in one of them.
+
+    What compiles nothing is dealt out last and like cards, so that every pack begins with plain settings. A
+    graph is torn only where the packs could not be even without.
+    """
     count = math.ceil(len(tasks) / tasks[0].config.resources.runs_per_job)
-    return [tasks[start::count] for start in range(count)]
+    share = math.ceil(len(tasks) / count)
+    packs: list[list[Task]] = [[] for _ in range(count)]
+    for graph in sorted(_by_graph(tasks), key=len, reverse=True):
+        left = graph
+        while left:
+            emptiest = min(packs, key=len)
+            room = share - len(emptiest)
+            emptiest += left[:room]
+            left = left[room:]
+    order = {id(task): number for number, task in enumerate(tasks)}
+    return [sorted(pack, key=lambda task: order[id(task)]) for pack in packs]
 
 
 def save_units(units: Sequence[Unit], store: Store, sweep: str, since: float, folder: Path) -> None:

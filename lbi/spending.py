@@ -38,9 +38,9 @@ class Saving:
 class Spending:
     """What the results of a sweep cost, whenever they were measured.
 
-    `earlier` cells of them, of `earlier_s` seconds, were there before the sweep's last plan. `idle_s` lies between
-    the runs of one slot; None where nothing was measured since that plan. `untold` cells are from before costs
-    were kept, and in no sum.
+    `earlier` cells of them, of `earlier_s` seconds, were there before the sweep's last plan, `measured` are from after
+    it, as far as it wanted them. `idle_s` lies between the runs of one slot; None where nothing was measured since
+    that plan. `untold` cells are from before costs were kept, and in no sum.
     """
 
     cells: int
@@ -51,15 +51,19 @@ class Spending:
     savings: tuple[Saving, ...]
     earlier: int
     earlier_s: float
+    measured: int
+    measured_s: float
+    estimate_s: float | None
     idle_s: float | None
     untold: int
 
 
-def spending(rows: Sequence[Row], planned: float) -> Spending:
-    """The account of a sweep whose last plan was made at `planned`, in seconds since the epoch."""
+def spending(rows: Sequence[Row], planned: float, estimate_s: float | None = None) -> Spending:
+    """The account of a sweep whose last plan was made at `planned` (since the epoch), and estimated at `estimate_s`."""
     ended = [row for row in rows if row["finished"] is not None]
     told = [row for row in ended if row["cost"]]
     totals = {name: [row[_column(name)] for row in told if row[_column(name)] is not None] for name in PHASES}
+    later = [row for row in told if row["finished"] >= planned]
     earlier = [row for row in ended if row["finished"] < planned]
     return Spending(
         cells=len(told),
@@ -70,7 +74,10 @@ def spending(rows: Sequence[Row], planned: float) -> Spending:
         savings=tuple(saving for saving in _savings(told, earlier) if saving.cells or saving.unknown),
         earlier=len(earlier),
         earlier_s=sum(row["cell_s"] for row in earlier),
-        idle_s=_idle([row for row in told if row["finished"] >= planned]),
+        measured=len(later),
+        measured_s=sum(row["cell_s"] for row in later),
+        estimate_s=estimate_s,
+        idle_s=_idle(later),
         untold=len(ended) - len(told),
     )
 

@@ -394,6 +394,17 @@ def _boot_id() -> str | None:
         return None
 
 
+def process_name() -> str:
+    """A name for this process that no other one of this boot has."""
+    return f"{os.getpid()}-{_start_ticks(os.getpid())}"
+
+
+def process_is_alive(name: str) -> bool:
+    """Whether the process with this `process_name` lives; what is no such name counts as alive."""
+    pid, _, ticks = name.partition("-")
+    return not pid.isdigit() or str(_start_ticks(int(pid))) == ticks
+
+
 def _start_ticks(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; None if it is gone or a zombie.
 

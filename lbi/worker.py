@@ -130,6 +130,8 @@ class _Bench:
                     self.report("wait", task, f"{running.owner} is measuring it")
                 self.owners[task.run_id] = running.owner
                 self.work.queue.put_back(task)
+            finally:
+                self.work.queue.done(task)
         return True
 
     def report(self, kind: str, task: Task, text: str = "", result: Result | None = None) -> None:
@@ -143,6 +145,8 @@ class _Bench:
             "run_id": task.run_id,
             "env_id": task.env_id,
             "devices": str(self.store.root / "devices"),
+            "compile_cache": str(compile_cache(task.env_id)),
+            "kept_graphs": str(self.store.root / "compile_caches" / task.env_id),
             "device_name": _device_name(task.config, self.description),
             "references": {name: str(folder) for name, folder in references.items()},
             "slot": self.slot.record(),

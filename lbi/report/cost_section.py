@@ -52,7 +52,8 @@ def lines(rows: Sequence[Row], header: Mapping[str, Any]) -> list[str]:
 
 def _spending(rows: Sequence[Row], header: Mapping[str, Any]) -> Spending:
     planned = header.get("planned")
-    return spending(rows, float(planned) if finite(planned) else 0.0)
+    estimate = header.get("estimate_s")
+    return spending(rows, float(planned) if finite(planned) else 0.0, float(estimate) if finite(estimate) else None)
 
 
 def _totals(found: Spending) -> list[str]:
@@ -62,6 +63,11 @@ def _totals(found: Spending) -> list[str]:
     made = [f"{found.cells} results cost {seconds(found.seconds)} of wall time{gpu}{cpu}."]
     if found.earlier:
         made.append(f"{found.earlier} of the results ({seconds(found.earlier_s)}) were there before this plan.")
+    if found.estimate_s and found.measured:
+        took = (
+            f"{found.measured} runs took {seconds(found.measured_s)}, {found.measured_s / found.estimate_s:.2f} times"
+        )
+        made.append(f"Since then {took} the estimate of {seconds(found.estimate_s)}.")
     if found.idle_s is not None:
         made.append(f"Between the runs of a slot lay {seconds(found.idle_s)}.")
     if found.untold:
