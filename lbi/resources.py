@@ -27,6 +27,13 @@ class ResourcesConfig:
         "compiled graphs of earlier runs: the store's and this node's, this node's alone, or none, each compiled anew",
         default="store",
     )
+    shared_quality: bool = knob(
+        "take a cell's quality from the pass of another that would be the same; false has each cell do its own",
+        default=True,
+    )
+    shared_references: bool = knob(
+        "take the unquantized model's outputs from the store; false computes them anew for each cell", default=True
+    )
     gpus: int | None = knob(
         "cluster: GPUs of a job, null: one if the cell needs one; here: GPUs with a run each, null: all like the first",
         default=None,

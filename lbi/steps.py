@@ -345,10 +345,11 @@ def score(
     else:
         with phases("quality"):
             own_pass = config.compiler.prefill or config.engine.kind == "fused" or not config.cache.lossless
-            is_reference = config.quantizer.family == "none" and not own_pass
+            shares = config.resources.shared_quality
+            is_reference = config.quantizer.family == "none" and not own_pass and shares
             forward = None if is_reference else engine.forward
             # What autoquant chose rests on times, and may be another choice in another cell of the same setting.
-            target = None if config.quantizer.family == "autoquant" else folders["quality"]
+            target = folders["quality"] if shares and config.quantizer.family != "autoquant" else None
             found, origin, pass_s = _quality(forward, folders["logits"], target)
         record.metrics |= found
         record.effective["quality_from"] = origin

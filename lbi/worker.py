@@ -9,6 +9,7 @@ nothing with it. What a child did not live to say is read from how it died.
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import time
@@ -162,6 +163,9 @@ class _Bench:
             self.report("end", task, "", self.store.result(task.run_id, task.env_id))
             return
         started, self.account = time.perf_counter(), Account()
+        if not task.config.resources.shared_references:
+            references |= {name: attempt.folder / "references" / name for name in ("logits", "greedy")}
+            request["references"] = {name: str(folder) for name, folder in references.items()}
         write_json(attempt.folder / "env.json", {"schema": SCHEMA, **self.description})
         request["reference_problem"] = self._reference_problem(task, references, attempt)
         write_json(attempt.folder / "config.json", {"schema": SCHEMA, **request})
@@ -169,6 +173,8 @@ class _Bench:
         ended = self._child("lbi.run", attempt.folder, task, attempt)
         status, reason = _verdict(attempt, ended, task.config, self.stop.of(task.run_id))
         self._trace(task, attempt, status)
+        # What this run alone was compared with; the logits of a text are hundreds of megabytes.
+        shutil.rmtree(attempt.folder / "references", ignore_errors=True)
         seconds = time.perf_counter() - started
         cost = self.account.cost(task, attempt.folder, seconds, f"{node_name()} {self.slot.number}")
         self.store.publish(attempt, status, reason, seconds, cost)
