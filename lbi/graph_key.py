@@ -13,14 +13,13 @@ from typing import Any
 
 from lbi.config import LbiConfig
 from lbi.identity import (
-    canonical,
     canonical_cache,
+    canonical_compiler,
     canonical_decoding,
     canonical_engine,
     canonical_quantizer,
     digest,
 )
-from lbi.typed import plain
 
 
 def graph_key(config: LbiConfig) -> str | None:
@@ -31,7 +30,7 @@ def graph_key(config: LbiConfig) -> str | None:
     key: dict[str, Any] = {
         "model": _architecture(config),
         "quantizer": canonical_quantizer(config.quantizer),
-        "compiler": canonical(plain(compiler)),
+        "compiler": canonical_compiler(compiler),
         "engine": canonical_engine(config.engine),
     }
     if compiler.linears:

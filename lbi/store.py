@@ -5,6 +5,7 @@
     runs/<run_id>/<env_id>/attempt-N/       everything that attempt wrote
     sweeps/<name>/                          plan, units, tables, report
     references/<id>/                        outputs of the unquantized model
+    compile_caches/<env_id>/<arch>/<key>/   archives of compiled graphs
     devices/<id>.json                       measured peaks of a machine
 
 Invariants: an attempt writes only into its own folder, so a run that was started
