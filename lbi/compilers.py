@@ -100,30 +100,6 @@ def compile_linears(model: Any, config: CompilerConfig) -> None:
             layer.forward = _for_one_token(layer.forward, compile_function(layer.forward, config))
 
 
-def compile_layers(model: Any, config: CompilerConfig) -> int:
-    """Have each decoder layer of `model` compiled at its first call with one token a sequence; how many there are.
-
-    Layers of one kind come to the same code, which inductor makes for the first and finds for the others. Raises
-    `Unsupported` for a model without a list of layers.
-    """
-    lists = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]
-    layers = max(lists, key=len, default=())
-    if not len(layers):
-        raise Unsupported(f"{type(model).__name__} has no list of layers to compile one by one")
-    # A layer knows its number, so each is traced; the default of 8 graphs for one function is fewer than there are.
-    torch._dynamo.config.recompile_limit = 256
-    for layer in layers:
-        layer.forward = _for_one_position(layer.forward, compile_function(layer.forward, config))
-    return len(layers)
-
-
-def _for_one_position(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (compiled if hidden_states.shape[1] == 1 else plain)(hidden_states, *args, **kwargs)
-
-    return forward
-
-
 def _for_one_token(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
     def forward(inputs: torch.Tensor) -> Any:
         return (compiled if inputs.numel() == inputs.shape[-1] else plain)(inputs)

@@ -138,10 +138,6 @@ class CompilerConfig:
         "them; a kernel a shape, seconds instead of minutes",
         default=False,
     )
-    regional: bool = knob(
-        "inductor: compile each decoder layer by itself; those of one kind share their code, and the rest is eager",
-        default=False,
-    )
     coordinate_descent: bool = knob(
         "inductor's coordinate descent tuning: rewrites M=1 matmuls into fused reductions",
         default=False,

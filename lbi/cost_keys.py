@@ -10,7 +10,7 @@ from typing import Any
 
 from lbi.config import LbiConfig
 from lbi.graph_key import graph_key
-from lbi.identity import canonical, canonical_cache, canonical_compiler, canonical_decoding, canonical_quantizer, digest
+from lbi.identity import canonical, canonical_cache, canonical_decoding, canonical_quantizer, digest
 from lbi.typed import plain
 
 
@@ -29,7 +29,7 @@ class Kinds:
             "model": self._short("model", config.model, lambda section: canonical(plain(section))),
             "quantizer": self._short("quantizer", quantizer, canonical_quantizer),
             "method": f"{quantizer.family} {quantizer.method} {quantizer.bits}",
-            "compiler": self._short("compiler", config.compiler, canonical_compiler),
+            "compiler": self._short("compiler", config.compiler, lambda section: canonical(plain(section))),
             "backend": config.compiler.backend,
             "graph": graph_key(config),
             "engine": config.engine.kind,
@@ -57,7 +57,7 @@ def own_pass(config: LbiConfig) -> str | None:
     """What beside the weights decides a cell's teacher-forced pass; None where it is that of the weights alone."""
     parts: list[str] = [config.engine.kind] if config.engine.kind == "fused" or not config.cache.lossless else []
     parts += [canonical_cache(config.cache)] if not config.cache.lossless else []
-    parts += [canonical_compiler(config.compiler)] if config.compiler.prefill else []
+    parts += [canonical(plain(config.compiler))] if config.compiler.prefill else []
     return short(" ".join(parts)) if parts else None
 
 

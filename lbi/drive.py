@@ -134,7 +134,7 @@ def write_reports(store: Store, name: str) -> list[Row]:
 
     table = rows(store, name)
     write_tables(store.sweep_folder(name), table)
-    html.write(store, name)
+    html.write(store, name, table)
     terminal.show_results(store, name, table)
     return table
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from lbi.config import LbiConfig
 from lbi.identity import (
+    canonical,
     canonical_cache,
-    canonical_compiler,
     canonical_decoding,
     canonical_engine,
     canonical_quantizer,
     digest,
 )
+from lbi.typed import plain
 
 
 def graph_key(config: LbiConfig) -> str | None:
@@ -30,7 +31,7 @@ def graph_key(config: LbiConfig) -> str | None:
     key: dict[str, Any] = {
         "model": _architecture(config),
         "quantizer": canonical_quantizer(config.quantizer),
-        "compiler": canonical_compiler(compiler),
+        "compiler": canonical(plain(compiler)),
         "engine": canonical_engine(config.engine),
     }
     if compiler.linears:

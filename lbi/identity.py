@@ -17,7 +17,6 @@ from lbi import structured
 from lbi.config import (
     IDENTITY,
     CacheConfig,
-    CompilerConfig,
     DecodingConfig,
     EngineConfig,
     LbiConfig,
@@ -108,14 +107,6 @@ def canonical_measure(measure: MeasureConfig) -> str:
     return canonical({name: value for name, value in known.items() if name not in LATER_MEASURE or value is not None})
 
 
-def canonical_compiler(compiler: CompilerConfig) -> str:
-    """The compiler section without knobs that came later and are not used: older runs keep their ids."""
-    known = plain(compiler)
-    if not compiler.regional:
-        del known["regional"]
-    return canonical(known)
-
-
 def canonical_cache(cache: CacheConfig) -> str:
     """The cache section without knobs that are not set, except those that the first caches had."""
     return canonical({key: value for key, value in plain(cache).items() if value is not None or key == "max_len"})
@@ -133,7 +124,6 @@ def run_id_of(config: LbiConfig, facts: ModelFacts) -> str:
     made["model"] = canonical_model(config.model, facts)
     made["quantizer"] = canonical_quantizer(config.quantizer)
     made["engine"] = canonical_engine(config.engine)
-    made["compiler"] = canonical_compiler(config.compiler)
     made["decoding"] = canonical_decoding(config.decoding)
     made["cache"] = canonical_cache(config.cache)
     made["workload"] = canonical_workload(config.workload)

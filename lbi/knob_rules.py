@@ -47,16 +47,8 @@ def unused_knob(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str |
     compiler, decoding = config.compiler, config.decoding
     if compiler.linears and compiler.backend != "cudagraph":
         return f"compiler.linears is for cudagraph; {compiler.name} is {compiler.backend}"
-    if compiler.regional and compiler.prefill:
-        return f"{compiler.name} compiles layers for one token: compiler.prefill is for the whole model"
     if compiler.backend != "inductor":
-        for name, idle in (
-            ("mode", "default"),
-            ("prefill", False),
-            ("regional", False),
-            ("coordinate_descent", False),
-            ("options", {}),
-        ):
+        for name, idle in (("mode", "default"), ("prefill", False), ("coordinate_descent", False), ("options", {})):
             if compiler.linears and name in ("coordinate_descent", "options"):
                 continue
             if getattr(compiler, name) != idle:

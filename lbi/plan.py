@@ -140,8 +140,6 @@ class _Sections:
                 text = identity.canonical_workload(section)
             elif group == "measure":
                 text = identity.canonical_measure(section)
-            elif group == "compiler":
-                text = identity.canonical_compiler(section)
             else:
                 text = identity.canonical(plain(section))
             self._canonical[key] = (section, text)

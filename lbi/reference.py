@@ -52,7 +52,7 @@ def folders(store: Path, config: LbiConfig, env_id: str) -> dict[str, Path]:
     if not config.cache.lossless:
         own["cache"] = identity.canonical_cache(config.cache)
     if config.compiler.prefill:
-        own["compiler"] = identity.canonical_compiler(config.compiler)
+        own["compiler"] = identity.canonical(plain(config.compiler))
     keys = {
         "logits": text,
         "greedy": common | {"workload": identity.canonical_workload(replace(config.workload, batch=1))},

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -250,27 +250,6 @@ def test_the_whole_step_is_one_compiled_graph(config: Callable[..., LbiConfig], 
     after = counters()
     assert (after["graphs"] - before["graphs"], after["graph_breaks"] - before["graph_breaks"]) == (1, 0)
     assert compiled.graphs() is None
-
-
-@pytest.mark.parametrize("kind", ["loop", "hf"])
-def test_layers_compiled_one_by_one_are_traced_each_and_share_their_code(
-    config: Callable[..., LbiConfig], kind: Literal["loop", "hf"]
-) -> None:
-    cell = config("compiler=inductor_regional", arch=shape(6, 2, 16, num_hidden_layers=3))
-    cell = replace(cell, engine=replace(cell.engine, kind=kind))
-    model = load(cell.model, cell.engine).model
-    wanted = make(cell, model, slots=40).generate([1, 2, 3], 15, seed=2).tokens
-    before = counters()
-    compiled = make(cell, model, slots=40)
-    compiled.compile()
-    assert compiled.generate([1, 2, 3], 15, seed=2).tokens == wanted
-    found = {name: count - before[name] for name, count in counters().items()}
-    assert (found["graphs"], found["graph_breaks"]) == (3, 0)
-    # One layer's code, at most, is new: the others find it.
-    assert found["cache_misses"] <= 1
-    assert found["cache_hits"] + found["cache_misses"] == 3
-    assert compiled.generate([5, 6], 15, seed=2).tokens
-    assert counters()["graphs"] - before["graphs"] == 3
 
 
 class Operators(TorchDispatchMode):

@@ -193,8 +193,6 @@ def test_rules_can_be_switched_off_to_test_them(plan: MakePlan) -> None:
         (("compiler=cudagraph", "cache=static"), "cuda_graphs_need_cuda"),
         (("compiler=cudagraph", "cache=dynamic"), "static_shapes_need_static_cache"),
         (("compiler=eager", "compiler.linears=true"), "unused_knob"),
-        (("compiler=eager", "compiler.regional=true"), "unused_knob"),
-        (("compiler=inductor_regional", "cache=static", "compiler.prefill=true"), "unused_knob"),
         (("quantizer=rsr", "engine.device=cuda"), "hardware_fits"),
         (("quantizer=bitnet", "model.dtype=float16"), "dtype_and_group_exist"),
         (("engine.device=cuda",), "gpu_is_there"),

@@ -60,12 +60,9 @@ class HfEngine:
 
     def compile(self) -> None:
         """Replace the model's forward by its compiled form for the decode step (and the prefill, if asked)."""
-        from lbi.compilers import compile_function, compile_layers, compile_linears
+        from lbi.compilers import compile_function, compile_linears
 
         plain = self.model.forward
-        if self.config.compiler.regional:
-            compile_layers(self.model, self.config.compiler)
-            return
         if self.config.compiler.backend == "cudagraph":
             if self.config.compiler.linears:
                 compile_linears(self.model, self.config.compiler)

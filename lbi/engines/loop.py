@@ -84,19 +84,13 @@ class LoopEngine(LaunchingEngine):
 
     def compile(self) -> None:
         """See `Engine.compile`. CUDA graphs are captured by the first call that needs them, before its timed region."""
-        from lbi.compilers import compile_function, compile_layers, compile_linears
+        from lbi.compilers import compile_function, compile_linears
 
         compiler = self.config.compiler
         if compiler.backend == "cudagraph":
             if compiler.linears:
                 compile_linears(self.model, compiler)
             self._graphed = {}
-            return
-        if compiler.regional:
-            # The token that allocates the cache would be a graph of its own in every layer.
-            with torch.no_grad():
-                self._buffers()
-            compile_layers(self.model, compiler)
             return
         self._step = compile_function(self._step, compiler)
         if compiler.prefill:

@@ -49,8 +49,8 @@ def generate(model, tokenizer, ids, draft=None):
 
 
 def own_engine(config: LbiConfig) -> bool:
-    """Whether the cell runs by code of lbi's own: its engines, its CUDA graphs, its layers compiled one by one."""
-    return config.engine.kind != "hf" or config.compiler.backend == "cudagraph" or config.compiler.regional
+    """Whether the cell runs by code of lbi's own: its engines, its CUDA graphs, its caches."""
+    return config.engine.kind != "hf" or config.compiler.backend == "cudagraph"
 
 
 def part(config: LbiConfig) -> Part:

@@ -197,7 +197,10 @@ def _show_table(out: Console, table: Table, header: dict[str, Any]) -> None:
     out.print(title)
     numbered = [ranked for ranked in table.ranked if ranked.rank is not None]
     if numbered:
-        out.print(_grid(numbered))
+        shown = numbered if len(numbered) <= SHOWN_CELLS else _best(numbered)
+        out.print(_grid(shown))
+        if len(shown) < len(numbered):
+            out.print(f"... and {len(numbered) - len(shown)} slower ones; the report has them all")
         first = numbered[0].row
         if first["repetitions"]:
             out.print(_legend(first), style="dim")
@@ -208,7 +211,9 @@ def _show_table(out: Console, table: Table, header: dict[str, Any]) -> None:
     others = [ranked.row for ranked in table.ranked if ranked.rank is None]
     if others:
         out.print("\nWithout a number:")
-        for row in others:
+        if len(others) > SHOWN_CELLS:
+            out.print(f"  {len(others)} cells, of which the first {SHOWN_CELLS}:")
+        for row in others[:SHOWN_CELLS]:
             out.print(f"  {escape(row['name'])}: [yellow]{row['status']}[/] {escape(row['reason'])}")
     out.print()
     for answer in table.answers:
@@ -216,6 +221,11 @@ def _show_table(out: Console, table: Table, header: dict[str, Any]) -> None:
     note = header["notes"].get(table.model)
     if note:
         out.print(f"Note on {escape(table.model)}: {escape(note)}", style="dim")
+
+
+def _best(numbered: Sequence[Ranked]) -> list[Ranked]:
+    """The fastest, and the baseline wherever it is."""
+    return [*numbered[: SHOWN_CELLS - 1], *(one for one in numbered[SHOWN_CELLS - 1 :] if one.is_baseline)]
 
 
 COLUMNS = (
