@@ -2,8 +2,8 @@
 
     python benchmarks/compile_cache.py [--model smollm2_135m] [--rounds 1] [override ...]
 
-One cell, three times in turn: with empty caches; again on the same node; with an empty node's cache and the store of the
-first. A node is a cache folder and a temporary folder of its own, for inductor keeps precompiled headers in the
+One cell, three times in turn: with empty caches; again on the same node; with an empty node's cache and the store of
+the first. A node is a cache folder and a temporary folder of its own, for inductor keeps precompiled headers in the
 latter. Wall seconds are those of `compile_s`, CPU seconds those of the whole run; other programs spoil the former.
 """
 
