@@ -35,7 +35,7 @@ from lbi import environment
 from lbi.config import LbiConfig
 from lbi.files import BadFile, read_json, write_bytes, write_json
 from lbi.graph_key import graph_key
-from lbi.store import SCHEMA, process_is_alive, process_name
+from lbi.store import SCHEMA, process_is_dead, process_name
 
 PARTS = {"inductor": "TORCHINDUCTOR_CACHE_DIR", "triton": "TRITON_CACHE_DIR"}
 """Folders of a cache, and the variable that names each to its library."""
@@ -262,5 +262,5 @@ def _link(source: Path, target: Path) -> None:
 def _clear_dead(folder: Path) -> None:
     """Remove what runs have left that were killed."""
     for left in folder.glob("*"):
-        if not process_is_alive(left.name):
+        if process_is_dead(left.name):
             shutil.rmtree(left, ignore_errors=True)

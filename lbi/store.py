@@ -396,14 +396,15 @@ def _boot_id() -> str | None:
 
 
 def process_name() -> str:
-    """A name for this process that no other one of this boot has."""
-    return f"{os.getpid()}-{_start_ticks(os.getpid())}"
+    """A name for this process that no other one has, on whichever host."""
+    return f"{socket.gethostname()}-{os.getpid()}-{_start_ticks(os.getpid())}"
 
 
-def process_is_alive(name: str) -> bool:
-    """Whether the process with this `process_name` lives; what is no such name counts as alive."""
-    pid, _, ticks = name.partition("-")
-    return not pid.isdigit() or str(_start_ticks(int(pid))) == ticks
+def process_is_dead(name: str) -> bool:
+    """Whether the process with this `process_name` is known to be gone; of other hosts' processes nothing is known."""
+    host, _, rest = name.rpartition("-")[0].rpartition("-")
+    ticks = name.rpartition("-")[2]
+    return host == socket.gethostname() and rest.isdigit() and str(_start_ticks(int(rest))) != ticks
 
 
 def _start_ticks(pid: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import subprocess
 import tarfile
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from lbi.graph_key import graph_key
 from lbi.kept_graphs import KeptGraphs
 from lbi.plan import Plan
 from lbi.schedule import make_packs, make_units
-from lbi.store import process_is_alive, process_name
+from lbi.store import process_is_dead, process_name
 from lbi.task_queue import TaskQueue
 from lbi.worker import Task
 
@@ -178,7 +179,7 @@ def test_a_run_that_does_not_end_its_compile_leaves_nothing(bench: Bench) -> Non
     killed = bench.open()
     (Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "half.so").write_text("ha")
     # It is killed here: its folder stays, and is removed by the next run once the process is dead.
-    dead = killed.own.with_name("999999999-1")
+    dead = killed.own.with_name(f"{socket.gethostname()}-999999999-1")
     killed.own.rename(dead)
     following = bench.open()
     assert not dead.exists()
@@ -234,7 +235,6 @@ def test_a_full_disk_costs_the_archive_and_not_the_run(bench: Bench, monkeypatch
 def test_two_runs_at_once_do_not_meet(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has its own folder, the first to end gives the file its name, and one archive is kept."""
     monkeypatch.setattr(kept_graphs, "process_name", lambda: "1-1")
-    monkeypatch.setattr(kept_graphs, "process_is_alive", lambda name: True)
     first = bench.open()
     place = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     monkeypatch.setattr(kept_graphs, "process_name", lambda: "2-2")
@@ -326,7 +326,10 @@ def test_another_environment_has_another_folder(bench: Bench) -> None:
 
 
 def test_a_process_is_known_by_its_name() -> None:
-    assert process_is_alive(process_name())
-    assert not process_is_alive("999999999-1")
-    assert not process_is_alive(f"{os.getpid()}-1")
-    assert process_is_alive("something else")
+    host = socket.gethostname()
+    assert not process_is_dead(process_name())
+    assert process_is_dead(f"{host}-999999999-1")
+    assert process_is_dead(f"{host}-{os.getpid()}-1")
+    # Of a cache on a network folder that another host uses, too, nothing is taken away.
+    assert not process_is_dead("another-host-999999999-1")
+    assert not process_is_dead("something else")
