@@ -22,7 +22,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     "measure": ("measure",),
     "peaks": ("roofline",),
     "quality": ("quality",),
-    "trace": ("look inside", "trace", "trace pass"),
+    "trace": ("look inside", "kernels", "trace", "memory", "trace pass"),
     "graphs": ("open graphs", "keep graphs"),
     "other": (),
 }
@@ -40,7 +40,7 @@ MEANING = {
     "measure": "the timed generations, void ones and pauses included",
     "peaks": "measuring the machine's own peaks, once a machine",
     "quality": "the teacher-forced pass, or reading one that is shared",
-    "trace": "looking inside a decode step, and the profiler's trace",
+    "trace": "looking inside a decode step, and the traces that were asked for, with a process of their own",
     "graphs": "linking, unpacking and keeping compiled graphs of earlier and later runs",
     "other": "the rest of the wall time: waiting for another's reference, writing files, ending the process",
 }
