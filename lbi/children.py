@@ -90,9 +90,10 @@ class Starter:
         variables = {**child_environment(config, caches, self.slot.variables()), **own}
         why_not = f"with {', '.join(own)}" if own else "resources.fork=false"
         if config.resources.fork and not own:
-            server = self._server(variables)
+            before, server = self.server, self._server(variables)
             if server.refusal is None:
-                return Started(server.start(module, str(folder), log), "forked from a server with torch imported")
+                forked, new = server.start(module, str(folder), log), server is not before
+                return Started(forked, "forked from a server with torch imported", server.import_s, new)
             why_not = server.refusal
         with log.open("a") as output:
             # Its own session: Ctrl-C reaches the worker alone, which then decides.
@@ -117,10 +118,15 @@ class Starter:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A process and how it was started, for the record."""
+    """A process and how it was started, for the record.
+
+    Of a forked one `import_s` is what its server's imports took, and `new_server` whether it was the server's first.
+    """
 
     process: subprocess.Popen[bytes] | Forked
     how: str
+    import_s: float | None = None
+    new_server: bool = False
 
 
 @dataclass(frozen=True, slots=True)

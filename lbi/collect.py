@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lbi.config import AXES
+from lbi.cost import PHASES
 from lbi.files import write_bytes, write_text
 from lbi.metrics import METRICS, WITH_ERROR, WITH_INTERVAL
-from lbi.store import UNFINISHED, Store
+from lbi.store import UNFINISHED, Result, Store
 from lbi.sweep_folder import environments, find_result, read_plan
 from lbi.verdicts import DUPLICATE, PRUNED
 
@@ -47,6 +48,11 @@ def metric_columns() -> list[str]:
         if name in WITH_ERROR:
             columns.append(f"{name}_se")
     return columns + list(OTHER_METRICS)
+
+
+def cost_columns() -> list[str]:
+    """What a cell cost: wall seconds in all, and by phase of `cost.PHASES`."""
+    return ["cell_s", *(f"spent_{phase.replace(' ', '_')}_s" for phase in PHASES)]
 
 
 def rows(store: Store, sweep: str) -> list[Row]:
@@ -81,6 +87,9 @@ def _row(store: Store, cell: dict[str, Any], found: Sequence[str]) -> Row:
         "folder": "",
         "missing": {},
         "flags": [],
+        "cost": {},
+        "compile_cache": None,
+        **dict.fromkeys(cost_columns()),
         **dict.fromkeys(metric_columns()),
     }
     if cell["verdict"] in (PRUNED, DUPLICATE):
@@ -100,6 +109,7 @@ def _row(store: Store, cell: dict[str, Any], found: Sequence[str]) -> Row:
         "attempt": result.attempt,
         "finished": result.finished,
         "folder": str(result.folder),
+        **_cost(result),
     }
     measured = store.read(result, "metrics.json") if result.ok else None
     if measured:
@@ -110,19 +120,26 @@ def _row(store: Store, cell: dict[str, Any], found: Sequence[str]) -> Row:
     return row
 
 
+def _cost(result: Result) -> Row:
+    """What the result cost; by phase where that was kept."""
+    spent = result.cost.get("phases_s", {})
+    by_phase = {f"spent_{phase.replace(' ', '_')}_s": spent.get(phase) for phase in PHASES}
+    return {"cost": result.cost, "compile_cache": result.cost.get("compile"), "cell_s": result.seconds, **by_phase}
+
+
 def write_tables(folder: Path, table: Sequence[Row]) -> None:
     """results.csv and results.parquet in the sweep's folder; `flags` is one text in them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = [row | {"flags": "; ".join(row["flags"])} for row in table]
-    columns = [name for name in (table[0] if table else {}) if name != "missing"]
+    columns = [name for name in (table[0] if table else {}) if name not in ("missing", "cost")]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
     write_text(folder / "results.csv", text.getvalue())
-    numbers = set(metric_columns()) | {"finished"}
+    numbers = {*metric_columns(), *cost_columns(), "finished"}
     fields = [
         (name, pa.float64() if name in numbers else pa.int64() if name in ("cell", "attempt") else pa.string())
         for name in columns

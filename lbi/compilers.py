@@ -120,3 +120,13 @@ def counters() -> dict[str, int]:
         "cache_hits": int(raw["inductor"]["fxgraph_cache_hit"]),
         "cache_misses": int(raw["inductor"]["fxgraph_cache_miss"]),
     }
+
+
+def start_of(seen: dict[str, int]) -> str:
+    """Whether inductor compiled (cold), found everything in its cache (warm), or some of it (mixed).
+
+    Mixed is also a first compile of layers one by one, of which those of one shape find each other's.
+    """
+    if seen["cache_hits"] and not seen["cache_misses"]:
+        return "warm"
+    return "mixed" if seen["cache_hits"] else "cold"

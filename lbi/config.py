@@ -339,6 +339,11 @@ class StoreConfig:
         default=2.0,
         low=0.0,
     )
+    graphs_gb: float = knob(
+        "the most that compiled graphs kept in the store may take, in GB; the least recently used go first",
+        default=2.0,
+        low=0.0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -78,12 +78,14 @@ def _drive(request: Request, launcher: Any) -> int:
     runs = plan.having(RUN)
     executor = launcher.executor(name, config.sweep)
     units = schedule.make_units(runs, executor.pack)
-    terminal.show_plan(plan, name, store, schedule.estimate(runs, store), executor.forecast(units, store))
+    estimate = schedule.estimate(units, store)
+    terminal.show_plan(plan, name, store, estimate, executor.forecast(units, store))
     if config.sweep.dry_run:
         return OK
     if all(cell.verdict == PRUNED for cell in plan.cells):
         raise InputError("overrides", " ".join(request.arguments), "no cell of the grid can run; the reasons are above")
-    write_plan(store, name, plan, _header("python -m lbi -m " + shlex.join(request.arguments), plan, started))
+    header = _header("python -m lbi -m " + shlex.join(request.arguments), plan, started)
+    write_plan(store, name, plan, header | {"estimate_s": estimate.seconds})
     stop = Stop()
     if runs:
         on_cpu = executor.here and any(cell.config and cell.config.engine.device == "cpu" for cell in runs)
@@ -132,7 +134,7 @@ def write_reports(store: Store, name: str) -> list[Row]:
 
     table = rows(store, name)
     write_tables(store.sweep_folder(name), table)
-    html.write(store, name)
+    html.write(store, name, table)
     terminal.show_results(store, name, table)
     return table
 

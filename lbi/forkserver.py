@@ -41,7 +41,7 @@ OWN_VARIABLES = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "backgroun
 
 
 class ForkServer:
-    """The worker's end. `process` is the server; `refusal` why it cannot be used, if so."""
+    """The worker's end. `process` is the server, `import_s` what its imports took, `refusal` why it cannot be used."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self.variables = {**variables, **OWN_VARIABLES}
@@ -55,7 +55,9 @@ class ForkServer:
             text=True,
         )
         self._ended: dict[int, int] = {}
-        self.refusal = self._read().get("refusal", "it did not start")
+        said = self._read()
+        self.refusal = said.get("refusal", "it did not start")
+        self.import_s: float | None = said.get("import_s")
 
     def serves(self, variables: Mapping[str, str]) -> bool:
         """Whether this server is alive and is, or would be, the one for children with this environment."""
@@ -124,8 +126,10 @@ def serve() -> None:
     channel = os.fdopen(os.dup(1), "w")
     # What the imports print must not end up among the messages.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    began = time.perf_counter()
     refusal = _import_all()
-    print(json.dumps({"refusal": refusal}), file=channel, flush=True)
+    said = {"refusal": refusal, "import_s": time.perf_counter() - began}
+    print(json.dumps(said), file=channel, flush=True)
     if refusal is not None:
         return
     gc.collect()

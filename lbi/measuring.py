@@ -67,6 +67,7 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
         record.metrics |= summarize_structure(speculations)
     _note_target(config.measure, valid, record)
     record.metrics["void_samples"] = float(len(voids))
+    record.cost["samples"] = len(valid) + len(voids)
     record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
     record.effective |= others.report() | clocks.report()
     _note_compile(config, valid, record)

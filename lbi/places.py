@@ -20,7 +20,7 @@ def cache_folder() -> Path:
 
 
 def compile_cache(env_id: str) -> Path:
-    """Inductor's cache for one environment; never shared between library versions or devices.
+    """The compile cache for one environment (kept_graphs.py); never shared between library versions or devices.
 
     In a SLURM job it lies on the node, unless $LBI_CACHE says where: a home folder there is
     usually a network folder, and concurrent writers corrupt each other's entries.

@@ -87,6 +87,12 @@ class Phases:
         return {"phases_s": self.seconds, "last_phase": self.last}
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process so far, and of its children that have ended."""
+    own = os.times()
+    return own.user + own.system + own.children_user + own.children_system
+
+
 class CpuWatch:
     """Share of the machine's CPU time that other processes took while it was open, and that nobody did."""
 
@@ -114,8 +120,7 @@ class CpuWatch:
             return None
         # user nice system idle iowait irq softirq steal
         busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
-        own = os.times()
-        return busy, own.user + own.system + own.children_user + own.children_system, time.perf_counter()
+        return busy, cpu_seconds(), time.perf_counter()
 
 
 class PeakMemory:

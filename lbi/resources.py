@@ -23,6 +23,17 @@ class ResourcesConfig:
     run_timeout_s: float = knob("a run that takes longer is stopped as `timeout`, in seconds", above=0.0)
     stop_grace_s: float = knob("time a child gets to end by itself when stopped, in seconds", low=0.0)
     fork: bool = knob("fork runs from a process that has imported torch already; false starts each anew")
+    compile_cache: Literal["store", "node", "off"] = knob(
+        "compiled graphs of earlier runs: the store's and this node's, this node's alone, or none, each compiled anew",
+        default="store",
+    )
+    shared_quality: bool = knob(
+        "take a cell's quality from the pass of another that would be the same; false has each cell do its own",
+        default=True,
+    )
+    shared_references: bool = knob(
+        "take the unquantized model's outputs from the store; false computes them anew for each cell", default=True
+    )
     gpus: int | None = knob(
         "cluster: GPUs of a job, null: one if the cell needs one; here: GPUs with a run each, null: all like the first",
         default=None,

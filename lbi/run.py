@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from lbi.config import LbiConfig
 from lbi.errors import InputError, OutOfMemory, RunFailure
 from lbi.files import read_json, write_json
-from lbi.process import Phases, die_with_parent, prepare
+from lbi.kept_graphs import KeptGraphs
+from lbi.process import Phases, cpu_seconds, die_with_parent, prepare
 from lbi.record import Record
 from lbi.store import SCHEMA
 from lbi.typed import build
@@ -37,22 +38,55 @@ def main(folder: Path) -> int:
     started = time.perf_counter()
     request = read_json(folder / "config.json", SCHEMA) or {}
     phases = Phases(folder)
-    status, reason = "ok", ""
+    record = Record(folder, phases)
+    status, reason, graphs = "ok", "", None
     try:
         config = build(LbiConfig, request["config"])
-        record = Record(folder, phases)
+        graphs = _open_graphs(config, request, phases)
         record.effective |= request["slot"]
         with phases("import"):
             prepare(config)
             import lbi.steps  # noqa: F401
         _run(config, request, record, phases)
+        _close_graphs(graphs, record, phases)
         record.metrics["total_s"] = time.perf_counter() - started
         record.write()
     except Exception as error:
         status, reason = _classify(error)
         traceback.print_exc()
-    write_json(folder / "verdict.json", {"schema": SCHEMA, "status": status, "reason": reason, **phases.report()})
+        # A graph that was compiled is good, whatever came after it.
+        _close_graphs(graphs, record, phases)
+    cost = {**record.cost, "cpu_s": cpu_seconds()}
+    verdict = {"schema": SCHEMA, "status": status, "reason": reason, **phases.report(), "cost": cost}
+    write_json(folder / "verdict.json", verdict)
     return 0 if status == "ok" else 1
+
+
+def _open_graphs(config: LbiConfig, request: dict[str, Any], phases: Phases) -> KeptGraphs | None:
+    """Compiled graphs of earlier runs, before anything is compiled; None where nothing will be."""
+    graphs = KeptGraphs.of(config, Path(request["compile_cache"]), Path(request["kept_graphs"]))
+    if graphs is not None:
+        with phases("open graphs"):
+            graphs.open()
+    return graphs
+
+
+def _close_graphs(graphs: KeptGraphs | None, record: Record, phases: Phases) -> None:
+    """Keep what was compiled, and record what a cold compile of the graph takes where that is known."""
+    if graphs is None:
+        return
+    with phases("keep graphs"):
+        start, phase_s = record.cost.get("compile"), phases.seconds.get("compile", 0.0)
+        known = graphs.cold() if start == "warm" else {}
+        graphs.close(start, phase_s, record.metrics.get("compile_s"))
+    record.cost |= {"compile_cold_s": known["phase_s"]} if "phase_s" in known else {}
+    record.effective["graph"] = {
+        "key": graphs.key,
+        "start": start,
+        "from_the_store": graphs.seeded,
+        **({"cold_compile_s": known["compile_s"]} if "compile_s" in known else {}),
+        **({"problems": graphs.problems} if graphs.problems else {}),
+    }
 
 
 def _classify(error: Exception) -> tuple[str, str]:

@@ -10,30 +10,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 from lbi import environment, tracing
 from lbi.config import LbiConfig
+from lbi.cost_model import CostModel
 from lbi.files import write_json
+from lbi.graph_key import graph_key
 from lbi.store import SCHEMA, Store
-from lbi.sweep_folder import environments, find_result, read_plan
 from lbi.typed import plain
-from lbi.verdicts import PRUNED
 from lbi.worker import Task
 
 if TYPE_CHECKING:
     from lbi.plan import Cell
-
-PRIOR_S = {
-    ("cpu", "eager"): 20.0,
-    ("cpu", "inductor"): 80.0,
-    ("cpu", "cudagraph"): 20.0,
-    ("cuda", "eager"): 40.0,
-    ("cuda", "inductor"): 120.0,
-    ("cuda", "cudagraph"): 40.0,
-}
-"""Seconds a run is guessed to take where the store has no history: SmolLM2 on two cores, an 8B model on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +47,13 @@ def make_units(cells: Sequence[Cell], pack: bool = False) -> list[Unit]:
 
     With `pack` a unit has at most `resources.runs_per_job` runs, for jobs that work side by side.
     """
-    tasks = [
-        Task(cell.index, cell.name, cell.run_id, cell.env_id, cell.config)
-        for cell in sorted(cells, key=lambda cell: (_plainness(cell.config), cell.index))
-        if cell.config is not None
-    ]
+    tasks = _with_their_graphs(
+        [
+            Task(cell.index, cell.name, cell.run_id, cell.env_id, cell.config)
+            for cell in sorted(cells, key=lambda cell: (_plainness(cell.config), cell.index))
+            if cell.config is not None
+        ]
+    )
     groups = make_packs(tasks) if pack else _groups(tasks)
     return [Unit(f"unit-{index}", tuple(group)) for index, group in enumerate(groups)]
 
@@ -80,10 +71,37 @@ def _groups(tasks: Sequence[Task]) -> list[list[Task]]:
     return list(groups.values())
 
 
+def _with_their_graphs(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks in their order, but each directly after those before it that share its graph."""
+    return [task for graph in _by_graph(tasks) for task in graph]
+
+
+def _by_graph(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Tasks that share a compiled graph, together; one that compiles nothing is alone."""
+    graphs: dict[str | int, list[Task]] = {}
+    for number, task in enumerate(tasks):
+        graphs.setdefault(graph_key(task.config) or number, []).append(task)
+    return list(graphs.values())
+
+
 def _packs(tasks: list[Task]) -> list[list[Task]]:
-    """Tasks dealt out like cards, so that every pack begins with plain settings and ends with compiled ones."""
+    """As few packs as `resources.runs_per_job` allows, as even as can be, and cells of one graph in one of them.
+
+    What compiles nothing is dealt out last and like cards, so that every pack begins with plain settings. A
+    graph is torn only where the packs could not be even without.
+    """
     count = math.ceil(len(tasks) / tasks[0].config.resources.runs_per_job)
-    return [tasks[start::count] for start in range(count)]
+    share = math.ceil(len(tasks) / count)
+    packs: list[list[Task]] = [[] for _ in range(count)]
+    for graph in sorted(_by_graph(tasks), key=len, reverse=True):
+        left = graph
+        while left:
+            emptiest = min(packs, key=len)
+            room = share - len(emptiest)
+            emptiest += left[:room]
+            left = left[room:]
+    order = {id(task): number for number, task in enumerate(tasks)}
+    return [sorted(pack, key=lambda task: order[id(task)]) for pack in packs]
 
 
 def save_units(units: Sequence[Unit], store: Store, sweep: str, since: float, folder: Path) -> None:
@@ -111,29 +129,31 @@ def save_units(units: Sequence[Unit], store: Store, sweep: str, since: float, fo
 
 
 class Durations:
-    """How long runs should take, by what like runs took before.
-
-    A like run has the same model, quantizer, compiler and workload; where the store has none,
-    `PRIOR_S` is the guess.
-    """
+    """How long runs should take, by what the store's runs took (`CostModel`)."""
 
     def __init__(self, store: Store) -> None:
-        self._history = _history(store)
+        self._model = CostModel(store.costs())
 
-    def seconds(self, config: LbiConfig) -> tuple[float, bool]:
-        """Seconds for one run, and whether that is a guess."""
-        known = self._history.get(_kind(config))
-        once = median(known) if known else PRIOR_S[config.engine.device, config.compiler.backend]
-        # A second process that takes traces does again what a run does, but measuring.
-        twice = bool(tracing.apart(config, "ok"))
-        return once * (1 + twice), not known or twice
+    def of(self, tasks: Sequence[Task]) -> list[tuple[float, bool]]:
+        """Seconds for each of some runs, one after the other, and whether that is a guess.
+
+        What the store has and what an earlier one of them pays for (a graph, a quality pass, a reference) is not
+        paid again.
+        """
+        paid = self._model.paid()
+        return [_with_traces(task.config, *self._model.seconds(task.config, task.env_id, paid)) for task in tasks]
 
 
-def estimate(cells: Sequence[Cell], store: Store) -> Estimate:
+def _with_traces(config: LbiConfig, once: float, guess: bool) -> tuple[float, bool]:
+    """A second process that takes traces does again what a run does, but measuring."""
+    twice = bool(tracing.apart(config, "ok"))
+    return once * (1 + twice), guess or twice
+
+
+def estimate(units: Sequence[Unit], store: Store) -> Estimate:
     """How long the runs should take, one after another."""
-    durations = Durations(store)
-    found = [durations.seconds(cell.config) for cell in cells if cell.config is not None]
-    return Estimate(sum(seconds for seconds, _ in found), len(cells), sum(guess for _, guess in found))
+    found = Durations(store).of([task for unit in units for task in unit.tasks])
+    return Estimate(sum(seconds for seconds, _ in found), len(found), sum(guess for _, guess in found))
 
 
 def _plainness(config: LbiConfig | None) -> tuple[bool, bool, bool]:
@@ -145,22 +165,3 @@ def _plainness(config: LbiConfig | None) -> tuple[bool, bool, bool]:
         config.compiler.backend != "eager",
         config.cache.kind != "dynamic",
     )
-
-
-def _kind(config: LbiConfig) -> tuple[str, ...]:
-    return (config.model.name, config.quantizer.name, config.compiler.name, config.workload.name)
-
-
-def _history(store: Store) -> dict[tuple[str, ...], list[float]]:
-    """Seconds of earlier good runs by kind, from the plans and results of every sweep in the store."""
-    history: dict[tuple[str, ...], list[float]] = {}
-    for sweep in store.sweeps():
-        found = environments(store, sweep)
-        for row in read_plan(store, sweep):
-            if row["verdict"] == PRUNED or not row["choices"]:
-                continue
-            result = find_result(store, found, row["run_id"], row["env_id"])
-            if result is not None and result.ok:
-                kind = tuple(row["choices"][group] for group in ("model", "quantizer", "compiler", "workload"))
-                history.setdefault(kind, []).append(result.seconds)
-    return history

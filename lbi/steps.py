@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from lbi import environment, identity, kept_choices, lossless, quality, quantizing, roofline, rules, tracing
-from lbi.compilers import CompilerState, counters
+from lbi.compilers import CompilerState, counters, start_of
 from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig
+from lbi.cost import OWN, REPLAYED, SHARED
 from lbi.draft_models import Draft, drafts_from
 from lbi.engines import Engine, Generation, make, plain_engine, steps_to_look_at
 from lbi.errors import BadNumerics, NotApplied, Unsupported
@@ -271,13 +272,17 @@ def _note_compiled(config: LbiConfig, engine: Engine, record: Record) -> None:
     if graphs is not None:
         found = {"cuda_graphs": graphs.captured, "replays": graphs.replays, "tokens_per_graph": engine.tokens_at_once}
         found |= {"prefill_graphs": graphs.prefills} if graphs.prefills else {}
-        record.effective["compiler"] = {**counters(), **found} if config.compiler.linears else found
+        seen = counters() if config.compiler.linears else {}
+        record.effective["compiler"] = {**seen, **found}
+        if seen:
+            record.effective["compiler"]["compile_cache"] = record.cost["compile"] = start_of(seen)
         if not graphs.replays:
             raise NotApplied(f"{config.compiler.name} was asked for and no step was replayed")
         return
     seen = counters()
     # A compile that found its graphs in inductor's cache must not pass for a cold one.
-    record.effective["compiler"] = {**seen, "start": "warm" if seen["cache_hits"] else "cold"}
+    record.effective["compiler"] = {**seen, "compile_cache": start_of(seen)}
+    record.cost["compile"] = start_of(seen)
     if seen["graphs"] == 0:
         raise NotApplied(f"{config.compiler.name} was asked for and nothing was compiled")
     if config.compiler.fullgraph and seen["graph_breaks"]:
@@ -370,19 +375,21 @@ def score(
     else:
         with phases("quality"):
             own_pass = config.compiler.prefill or config.engine.kind == "fused" or not config.cache.lossless
-            is_reference = config.quantizer.family == "none" and not own_pass
+            shares = config.resources.shared_quality
+            is_reference = config.quantizer.family == "none" and not own_pass and shares
             forward = None if is_reference else engine.forward
             # What autoquant chose rests on times, and may be another choice in another cell of the same setting.
-            target = None if config.quantizer.family == "autoquant" else folders["quality"]
-            found, origin = _quality(forward, folders["logits"], target)
+            target = folders["quality"] if shares and config.quantizer.family != "autoquant" else None
+            found, origin, pass_s = _quality(forward, folders["logits"], target)
         record.metrics |= found
         record.effective["quality_from"] = origin
+        record.cost |= {"quality": origin, "quality_pass_s": pass_s}
 
 
 def _quality(
     forward: Callable[[list[int]], Any] | None, reference: Path, target: Path | None
-) -> tuple[dict[str, float | None], str]:
-    """Quality metrics, and where they are from: this run, or a pass that would be the same.
+) -> tuple[dict[str, float | None], str, float | None]:
+    """Quality metrics, where they are from (this run, or a pass that would be the same), and the seconds of that pass.
 
     Cells that differ only in how they decode (cache, decode compiler, workload) have one
     teacher-forced pass in common, so it is done once and kept in `target`; None is not to
@@ -394,13 +401,15 @@ def _quality(
     except BadFile:
         known = None
     if known is not None:
-        return known["metrics"], "shared with another cell"
+        return known["metrics"], SHARED, known.get("seconds")
+    start = time.perf_counter()
     pieces = json.loads((reference / "pieces.json").read_text())
     stored = np.load(reference / "logits.npy", mmap_mode="r")
     found = quality.score(forward or quality.replay(stored), pieces, stored)
+    seconds = time.perf_counter() - start
     if target:
-        write_json(target / "quality.json", {"schema": SCHEMA, "metrics": found})
-    return found, "this run" if forward else "the reference's own pass"
+        write_json(target / "quality.json", {"schema": SCHEMA, "metrics": found, "seconds": seconds})
+    return found, OWN if forward else REPLAYED, seconds
 
 
 def trace(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> None:

@@ -5,6 +5,7 @@
     runs/<run_id>/<env_id>/attempt-N/       everything that attempt wrote
     sweeps/<name>/                          plan, units, tables, report
     references/<id>/                        outputs of the unquantized model
+    compile_caches/<env_id>/<arch>/<key>/   archives of compiled graphs
     devices/<id>.json                       measured peaks of a machine
 
 Invariants: an attempt writes only into its own folder, so a run that was started
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lbi.cost import cost_of
 from lbi.errors import InputError
 from lbi.files import BadFile, read_json, write_json
 
@@ -66,6 +68,7 @@ class Result:
     seconds: float
     folder: Path
     host: str = ""
+    cost: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -175,6 +178,21 @@ class Store:
             if result is not None:
                 yield result
 
+    def costs(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """env_id and cost of every good result that has one, from its status alone; what cannot be read is left out."""
+        for run_id in sorted(self.known_runs()):
+            try:
+                environments = [entry.name for entry in os.scandir(self.root / "runs" / run_id) if entry.is_dir()]
+            except OSError:
+                continue
+            for env_id in environments:
+                try:
+                    status = read_json(self.run_folder(run_id, env_id) / "status.json", SCHEMA) or {}
+                except BadFile:
+                    continue
+                if status.get("status") == "ok" and (cost := cost_of(status.get("cost"))):
+                    yield env_id, cost
+
     def read(self, result: Result, name: str) -> dict[str, Any] | None:
         """A JSON file of a result; None where it is missing or damaged (then a problem is noted)."""
         try:
@@ -208,8 +226,10 @@ class Store:
         """Give back an attempt that turned out not to be needed, as if it had not been claimed."""
         shutil.rmtree(attempt.folder, ignore_errors=True)
 
-    def publish(self, attempt: Attempt, status: str, reason: str, seconds: float) -> None:
-        """End an attempt. A later attempt that has already published is left alone."""
+    def publish(
+        self, attempt: Attempt, status: str, reason: str, seconds: float, cost: Mapping[str, Any] | None = None
+    ) -> None:
+        """End an attempt; `cost` is what it cost by phase. A later attempt that has already published is left alone."""
         outcome = {
             "schema": SCHEMA,
             "run_id": attempt.run_id,
@@ -220,6 +240,7 @@ class Store:
             "host": node_name(),
             "finished": time.time(),
             "seconds": seconds,
+            **({"cost": dict(cost)} if cost else {}),
         }
         write_json(attempt.folder / "outcome.json", outcome)
         published = self.result(attempt.run_id, attempt.env_id)
@@ -336,6 +357,7 @@ def _parse_status(folder: Path, run_id: str, env_id: str, status: Mapping[str, A
             seconds=float(status["seconds"]),
             folder=folder / f"attempt-{int(status['attempt'])}",
             host=str(status.get("host", "")),
+            cost=cost_of(status.get("cost")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BadFile(folder / "status.json", f"is not a status of this run ({error})") from error
@@ -371,6 +393,18 @@ def _boot_id() -> str | None:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return None
+
+
+def process_name() -> str:
+    """A name for this process that no other one has, on whichever host."""
+    return f"{socket.gethostname()}-{os.getpid()}-{_start_ticks(os.getpid())}"
+
+
+def process_is_dead(name: str) -> bool:
+    """Whether the process with this `process_name` is known to be gone; of other hosts' processes nothing is known."""
+    host, _, rest = name.rpartition("-")[0].rpartition("-")
+    ticks = name.rpartition("-")[2]
+    return host == socket.gethostname() and rest.isdigit() and str(_start_ticks(int(rest))) != ticks
 
 
 def _start_ticks(pid: int) -> int | None:

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lbi.graph_key import graph_key
+
 if TYPE_CHECKING:
     from lbi.worker import Task
 
@@ -16,12 +18,16 @@ AGAIN_S = 1.0
 
 
 class TaskQueue:
-    """Gives out tasks in order, each to one slot. What another process has comes back after all others."""
+    """Gives out tasks in order, each to one slot. What another process has comes back after all others.
+
+    A task whose graph another slot has in hand waits while there are others: it would compile it a second time.
+    """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._lock = threading.Lock()
         self._fresh = deque(tasks)
         self._busy: deque[tuple[float, Task]] = deque()
+        self._in_hand: dict[str, str] = {}
 
     def next(self) -> Task | None:
         """The task that is next in line; None if there is none left."""
@@ -34,7 +40,7 @@ class TaskQueue:
         """The next task, to be measured now; None if none is left, or those left are not due yet."""
         with self._lock:
             if self._fresh:
-                return self._fresh.popleft()
+                return self._take_fresh()
             if self._busy and self._busy[0][0] <= time.monotonic():
                 return self._busy.popleft()[1]
         return None
@@ -43,3 +49,19 @@ class TaskQueue:
         """Another process is measuring this run: look again later whether it has."""
         with self._lock:
             self._busy.append((time.monotonic() + AGAIN_S, task))
+
+    def done(self, task: Task) -> None:
+        """A slot has ended with this task, and its graph is there for others."""
+        with self._lock:
+            self._in_hand.pop(task.run_id, None)
+
+    def _take_fresh(self) -> Task:
+        in_hand = set(self._in_hand.values())
+        free = (number for number, task in enumerate(self._fresh) if graph_key(task.config) not in in_hand)
+        number = next(free, 0)
+        task = self._fresh[number]
+        del self._fresh[number]
+        graph = graph_key(task.config)
+        if graph is not None:
+            self._in_hand[task.run_id] = graph
+        return task

@@ -9,6 +9,7 @@ nothing with it. What a child did not live to say is read from how it died.
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lbi import reference, tracing
+from lbi.account import Account
 from lbi.children import NOTHING, POLL_S, Child, Ended, Starter, Stop, phase_of
 from lbi.claims import claimed
 from lbi.config import LbiConfig
@@ -25,7 +27,7 @@ from lbi.errors import InputError
 from lbi.files import BadFile, read_json, write_json
 from lbi.places import compile_cache
 from lbi.slots import Slot
-from lbi.store import SCHEMA, UNFINISHED, AlreadyRunning, Attempt, Result, Store
+from lbi.store import SCHEMA, UNFINISHED, AlreadyRunning, Attempt, Result, Store, node_name
 from lbi.task_queue import TaskQueue
 from lbi.turns import Turns
 from lbi.typed import plain
@@ -104,6 +106,7 @@ class _Bench:
         self.store, self.stop = work.store, work.stop
         self.description = {**slot.describe(), **work.recorded}
         self.owners: dict[str, str] = {}
+        self.account = Account()
 
     def run_next(self) -> bool:
         """Wait for the slot's GPU, then measure the next task; False where there was none to measure yet.
@@ -129,6 +132,8 @@ class _Bench:
                     self.report("wait", task, f"{running.owner} is measuring it")
                 self.owners[task.run_id] = running.owner
                 self.work.queue.put_back(task)
+            finally:
+                self.work.queue.done(task)
         return True
 
     def report(self, kind: str, task: Task, text: str = "", result: Result | None = None) -> None:
@@ -143,6 +148,8 @@ class _Bench:
             "env_id": task.env_id,
             "devices": str(self.store.root / "devices"),
             "quantized": str(self.store.root / "quantized"),
+            "compile_cache": str(compile_cache(task.env_id)),
+            "kept_graphs": str(self.store.root / "compile_caches" / task.env_id),
             "device_name": _device_name(task.config, self.description),
             "references": {name: str(folder) for name, folder in references.items()},
             "slot": self.slot.record(),
@@ -157,7 +164,10 @@ class _Bench:
             self.store.publish(attempt, *self.stop.of(task.run_id).why(), 0.0)
             self.report("end", task, "", self.store.result(task.run_id, task.env_id))
             return
-        started = time.perf_counter()
+        started, self.account = time.perf_counter(), Account()
+        if not task.config.resources.shared_references:
+            references |= {name: attempt.folder / "references" / name for name in ("logits", "greedy")}
+            request["references"] = {name: str(folder) for name, folder in references.items()}
         write_json(attempt.folder / "env.json", {"schema": SCHEMA, **self.description})
         request["reference_problem"] = self._reference_problem(task, references, attempt)
         write_json(attempt.folder / "config.json", {"schema": SCHEMA, **request})
@@ -165,7 +175,11 @@ class _Bench:
         ended = self._child("lbi.run", attempt.folder, task, attempt)
         status, reason = _verdict(attempt, ended, task.config, self.stop.of(task.run_id))
         self._trace(task, attempt, status)
-        self.store.publish(attempt, status, reason, time.perf_counter() - started)
+        # What this run alone was compared with; the logits of a text are hundreds of megabytes.
+        shutil.rmtree(attempt.folder / "references", ignore_errors=True)
+        seconds = time.perf_counter() - started
+        cost = self.account.cost(task, attempt.folder, seconds, f"{node_name()} {self.slot.number}")
+        self.store.publish(attempt, status, reason, seconds, cost)
         self.report("end", task, "", self.store.result(task.run_id, task.env_id))
 
     def _trace(self, task: Task, attempt: Attempt, status: str) -> None:
@@ -177,7 +191,8 @@ class _Bench:
         folder.mkdir(exist_ok=True)
         write_json(folder / "request.json", {"schema": SCHEMA, "traces": list(traces)})
         own = tracing.variables(traces, attempt.folder)
-        ended = self._child("lbi.trace_pass", folder, task, attempt, own)
+        with self.account.timing("trace pass"):
+            ended = self._child("lbi.trace_pass", folder, task, attempt, own)
         if ended.returncode or ended.timed_out:
             why = f"the pass that takes it did not finish, {ended.describe()}: {_last_line(attempt.folder / 'log.txt')}"
             tracing.add(attempt.folder, {trace: {"missing": why} for trace in traces})
@@ -192,7 +207,13 @@ class _Bench:
         heartbeats: Sequence[Path] = (),
     ) -> Ended:
         log, caches = attempt.folder / "log.txt", compile_cache(task.env_id)
-        started = self.starter.start(module, folder, log, task.config, caches, own)
+        if own:
+            # A pass of its own after the run: all of it is the trace's, and it says nothing of how the run began.
+            started = self.starter.start(module, folder, log, task.config, caches, own)
+        else:
+            with self.account.timing("start"):
+                started = self.starter.start(module, folder, log, task.config, caches)
+            self.account.note_started(started)
         child = Child(started.process, attempt.folder, task.config.resources, self.stop.of(task.run_id), heartbeats)
         process = {"schema": SCHEMA, "pid": started.process.pid, "started": started.how}
         write_json(folder / "process.json", process)
@@ -206,6 +227,8 @@ class _Bench:
             return reference.NO_BASE
         wanted = [references["greedy"]] + ([references["logits"]] if task.config.quality.enabled else [])
         missing = [folder for folder in wanted if not folder.exists()]
+        if not missing:
+            self.account.note_kept(wanted)
         if not missing or self.stop.wanted:
             return None
         turns, key, heartbeat = self.work.turns, str(wanted), attempt.folder / "heartbeat"
@@ -249,7 +272,9 @@ class _Bench:
         folder.mkdir()
         request = {name: str(path) for name, path in references.items()}
         write_json(folder / "request.json", {"schema": SCHEMA, "config": plain(task.config), **request})
+        began = time.perf_counter()
         ended = self._child("lbi.reference", folder, task, attempt, heartbeats=heartbeats)
+        self.account.note_reference(time.perf_counter() - began, list(references.values()))
         last = _last_line(attempt.folder / "log.txt")
         return f"the unquantized model could not be run: {ended.describe()} ({last})"
 

@@ -473,9 +473,10 @@ def test_a_thousand_cells_fit(sweep: Callable[..., Sweep], monkeypatch: pytest.M
         )
     for index in range(100):
         made.cell(f"pruned{index} inductor dynamic", "PRUNED", "compiles fixed shapes, and the cache grows", "shapes")
-    started = time.perf_counter()
+    # A guard against something quadratic, and CPU time, so that a busy machine does not trip it.
+    started = time.process_time()
     file = made.write()
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     assert file.stat().st_size < 2_000_000
     page = Page(file.read_text())
     assert len(page.rows) == 1000

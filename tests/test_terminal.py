@@ -88,3 +88,23 @@ def test_a_row_that_unpacks_whole_weights_is_tagged_and_explained(monkeypatch: p
         "Weight-only without fusion: the decode step of fp8_wo writes 212.3 MB of unpacked weights per token beside "
         "the 163.0 MB it would have to read." in text
     )
+
+
+def test_a_long_table_shows_the_fastest_and_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "SHOWN_CELLS", 5)
+    shared = {**dict.fromkeys(metric_columns()), "status": "ok", "model": "m", "workload": "w", "flags": []}
+    shared |= dict.fromkeys(("engine", "quantizer", "compiler", "decoding", "cache", "overrides"), "")
+    rows = [
+        shared | {"cell": cell, "name": f"cell{cell}", "run_id": "a", "decode_tok_s": 9.0 - cell} for cell in range(8)
+    ]
+    rows += [
+        shared | {"cell": 10 + cell, "name": f"lost{cell}", "status": "oom", "reason": "none left"} for cell in range(7)
+    ]
+    out = Console(file=io.StringIO(), width=250, highlight=False)
+    (table,) = tables(rows, "cell7", 0.05)
+    terminal._show_table(out, table, {"notes": {}})
+    text = out.file.getvalue()
+    assert [cell for cell in range(8) if f"  cell{cell} " in text] == [0, 1, 2, 3, 7]
+    assert "... and 3 slower ones; the report has them all" in text
+    assert "7 cells, of which the first 5:" in text
+    assert [cell for cell in range(7) if f"lost{cell}" in text] == [0, 1, 2, 3, 4]

@@ -186,11 +186,10 @@ def gpus_of(task: Task) -> int:
 
 def amount(units: Sequence[Unit], store: Store) -> tuple[float, float, int, bool]:
     """Seconds, GPU seconds, GPUs of a job, and whether a part of it is a guess."""
-    durations = Durations(store)
+    tasks = [task for unit in units for task in unit.tasks]
     seconds = gpu_seconds = 0.0
     gpus, guessed = 0, False
-    for task in (task for unit in units for task in unit.tasks):
-        took, guess = durations.seconds(task.config)
+    for task, (took, guess) in zip(tasks, Durations(store).of(tasks), strict=True):
         cards = gpus_of(task)
         seconds, gpu_seconds, guessed = seconds + took, gpu_seconds + took * cards, guessed or guess
         gpus = max(gpus, cards)

@@ -129,8 +129,7 @@ def parameters(array: Array, code: Path, durations: Durations, exclude: Sequence
 def time_limit_min(unit: Unit, durations: Durations) -> int:
     """A job's time limit, in minutes, from the estimate of its runs."""
     total = START_S
-    for task in unit.tasks:
-        seconds, guess = durations.seconds(task.config)
+    for task, (seconds, guess) in zip(unit.tasks, durations.of(unit.tasks), strict=True):
         total += min(seconds * (GUESS_FACTOR if guess else KNOWN_FACTOR), task.config.resources.run_timeout_s)
     return math.ceil(total / 60)
 

@@ -21,7 +21,7 @@ from lbi.collect import Row, rows
 from lbi.comparing import Comparison, compare
 from lbi.files import write_bytes
 from lbi.ranking import Table, tables
-from lbi.report import sections
+from lbi.report import cost_section, sections
 from lbi.report.cell_details import Extent, details
 from lbi.report.cell_table import cell_table, controls
 from lbi.report.chart_figures import Figures
@@ -58,17 +58,20 @@ class Content:
     comparison: Comparison | None = None
 
 
-def write(store: Store, sweep: str) -> Path:
-    """Write the sweep's report.html; the file. Raises `InputError` where there is no such sweep."""
+def write(store: Store, sweep: str, table: list[Row] | None = None) -> Path:
+    """Write the sweep's report.html of its rows (read if not given); the file.
+
+    Raises `InputError` where there is no such sweep.
+    """
     file = store.sweep_folder(sweep) / "report.html"
-    write_bytes(file, render(read_content(store, sweep)))
+    write_bytes(file, render(read_content(store, sweep, table)))
     return file
 
 
-def read_content(store: Store, sweep: str) -> Content:
+def read_content(store: Store, sweep: str, table: list[Row] | None = None) -> Content:
     """Gather what the store knows about the sweep."""
     header = read_header(store, sweep)
-    table = rows(store, sweep)
+    table = rows(store, sweep) if table is None else table
     facts = read_facts(store, table)
     problems = [str(problem) for problem in [*(header.get("problems") or []), *store.problems]]
     return Content(
@@ -87,12 +90,23 @@ def read_content(store: Store, sweep: str) -> Content:
 def render(content: Content) -> bytes:
     """The page, with as much of the details as fits."""
     script = bundle()
-    page = b""
-    for extent in EXTENTS:
-        page = _page(content, extent, script, f"the Python package {PACKAGE} is not installed")
-        if len(page) < MOST_BYTES:
-            return page
+    without = f"the Python package {PACKAGE} is not installed"
+    page = _page(content, EXTENTS[0], script, without)
+    if len(page) < MOST_BYTES:
+        return page
+    # The rest of the page is the same whatever the details have, and takes longer to make than they do.
+    rest = len(page) - _size_of_details(content, EXTENTS[0])
+    for extent in EXTENTS[1:]:
+        if rest + _size_of_details(content, extent) < MOST_BYTES:
+            page = _page(content, extent, script, without)
+            if len(page) < MOST_BYTES:
+                return page
     return _page(content, EXTENTS[-1], None, "with them the file would be too large")
+
+
+def _size_of_details(content: Content, extent: Extent) -> int:
+    known = details(content.rows, content.facts, content.root, extent)
+    return len(embedded_json(known).encode(errors="replace"))
 
 
 def _page(content: Content, extent: Extent, script: str | None, without: str) -> bytes:
@@ -130,7 +144,12 @@ def _header(content: Content) -> Html:
     links = [("result", "Result"), *((f"table-{index}", sections.title(table)) for index, table in _numbered(content))]
     if content.comparison:
         links.append(("against", f"Against {content.comparison.what}"))
-    links += [("left-out", "Cells left out"), ("environment", "Environment"), ("numbers", "What the numbers mean")]
+    links += [
+        ("cost", "Where the time went"),
+        ("left-out", "Cells left out"),
+        ("environment", "Environment"),
+        ("numbers", "What the numbers mean"),
+    ]
     links += [("request", "Request")]
     cells = "1 cell" if len(content.rows) == 1 else f"{len(content.rows)} cells"
     total = f"{cells}: {sections.counts(content.rows)}." if content.rows else "The plan has no cell."
@@ -161,6 +180,7 @@ def _main(content: Content, extent: Extent, figures: Figures) -> Html:
     found = environments(content.rows, content.facts)
     request = sections.request(content.header, str(content.root), content.made, content.rows)
     parts += [
+        _section("cost", "Where the time went", cost_section.section(content.rows, content.header)),
         _section("left-out", "Cells left out", sections.not_run(content.rows)),
         _section("environment", "Environment", environment_section(found)),
         _section("numbers", "What the numbers mean", sections.how_measured(), *missing),

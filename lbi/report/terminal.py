@@ -16,6 +16,7 @@ from rich.table import Table as Grid
 from lbi import tracing
 from lbi.collect import Row
 from lbi.ranking import AGGREGATE, SPEED, Ranked, Table, disturbance, outrun, tables, unfused
+from lbi.report import cost_section
 from lbi.report.figures import small, with_noise
 from lbi.store import Store
 from lbi.sweep_folder import read_header
@@ -183,6 +184,8 @@ def show_results(store: Store, sweep: str, rows: Sequence[Row]) -> None:
     header = read_header(store, sweep)
     for table in tables(rows, header["baseline"], header["max_kld"]):
         _show_table(out, table, header)
+    for line in cost_section.lines(rows, header):
+        out.print(escape(line), style="dim", soft_wrap=True)
     for problem in {str(problem) for problem in store.problems}:
         out.print(f"[yellow]Ignored in the store:[/] {escape(problem)}")
     folder = store.sweep_folder(sweep)
@@ -194,7 +197,10 @@ def _show_table(out: Console, table: Table, header: dict[str, Any]) -> None:
     out.print(title)
     numbered = [ranked for ranked in table.ranked if ranked.rank is not None]
     if numbered:
-        out.print(_grid(numbered))
+        shown = numbered if len(numbered) <= SHOWN_CELLS else _best(numbered)
+        out.print(_grid(shown))
+        if len(shown) < len(numbered):
+            out.print(f"... and {len(numbered) - len(shown)} slower ones; the report has them all")
         first = numbered[0].row
         if first["repetitions"]:
             out.print(_legend(first), style="dim")
@@ -205,7 +211,9 @@ def _show_table(out: Console, table: Table, header: dict[str, Any]) -> None:
     others = [ranked.row for ranked in table.ranked if ranked.rank is None]
     if others:
         out.print("\nWithout a number:")
-        for row in others:
+        if len(others) > SHOWN_CELLS:
+            out.print(f"  {len(others)} cells, of which the first {SHOWN_CELLS}:")
+        for row in others[:SHOWN_CELLS]:
             out.print(f"  {escape(row['name'])}: [yellow]{row['status']}[/] {escape(row['reason'])}")
     out.print()
     for answer in table.answers:
@@ -213,6 +221,11 @@ def _show_table(out: Console, table: Table, header: dict[str, Any]) -> None:
     note = header["notes"].get(table.model)
     if note:
         out.print(f"Note on {escape(table.model)}: {escape(note)}", style="dim")
+
+
+def _best(numbered: Sequence[Ranked]) -> list[Ranked]:
+    """The fastest, and the baseline wherever it is."""
+    return [*numbered[: SHOWN_CELLS - 1], *(one for one in numbered[SHOWN_CELLS - 1 :] if one.is_baseline)]
 
 
 COLUMNS = (
