@@ -45,7 +45,8 @@ class Example:
     def machine(self) -> rules.Machine:
         """The machine that the example is refused on."""
         known = dict.fromkeys(self.packages, "0") | {"transformers": "5.23.0"}
-        return rules.Machine(self.device, known, self.has_compiler, self.capability)
+        has_gpu = self.capability is not None
+        return rules.Machine(self.device, known, self.has_compiler, self.capability, has_gpu)
 
 
 SHORT, LONG = (f"[{','.join([factor] * 16)}]" for factor in ("1.0", "8.0"))

@@ -24,8 +24,6 @@ WIDE = 1.0
 def test_every_rule_has_an_example_that_it_refuses() -> None:
     assert {rule.name for rule in rules.RULES} == set(constraints.EXAMPLES)
     for name in constraints.EXAMPLES:
-        if name == "gpu_is_there" and environment.gpus():
-            continue
         assert constraints.reason(name), name
 
 
