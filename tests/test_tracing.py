@@ -26,7 +26,7 @@ from lbi.schedule import Durations, make_units
 from lbi.store import SCHEMA, Store
 from lbi.trackers.wandb_files import attachments
 from lbi.typed import plain
-from lbi.worker import run_unit
+from lbi.worker import Task, run_unit
 
 
 @pytest.fixture
@@ -312,9 +312,11 @@ def test_a_finished_result_without_the_trace_says_how_to_have_it(plan: Callable[
 
 
 def test_a_second_process_is_part_of_the_estimate(config: Callable[..., LbiConfig], store: Store) -> None:
-    once, _ = Durations(store).seconds(config(device="cuda"))
-    twice, is_guess = Durations(store).seconds(config("trace=memory", device="cuda"))
-    assert (twice, is_guess) == (2 * once, True)
+    def took(*arguments: str) -> tuple[float, bool]:
+        ((seconds, guess),) = Durations(store).of([Task(0, "", "a" * 12, "e" * 12, config(*arguments, device="cuda"))])
+        return seconds, guess
+
+    assert took("trace=memory") == (2 * took()[0], True)
 
 
 def test_what_a_second_process_took_goes_to_wandb_and_what_is_about_it_stays(tmp_path: Path) -> None:
