@@ -189,38 +189,33 @@ class Sky:
         `sky jobs logs` ends with an error where the job has failed.
         """
         try:
-            done = subprocess.run(
-                [*self.command, *arguments],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=ANSWER_S,
-                check=False,
-                env=_variables(),
-                start_new_session=True,
-            )
+            done = self._run(ANSWER_S, arguments)
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout if done.returncode == 0 or (failing and done.stdout) else None
 
     def _demand(self, seconds: float, *arguments: str) -> None:
         try:
-            done = subprocess.run(
-                [*self.command, *arguments],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=seconds,
-                check=False,
-                env=_variables(),
-                start_new_session=True,
-            )
+            done = self._run(seconds, arguments)
         except subprocess.TimeoutExpired as error:
             raise ClusterError(f"sky {' '.join(arguments[:3])} took longer than {seconds:g} s") from error
         except OSError as error:
             raise ClusterError(f"sky {' '.join(arguments[:3])} cannot be run: {error}") from error
         if done.returncode:
             raise ClusterError(f"sky {' '.join(arguments[:3])} failed: {_last_words(done.stdout + done.stderr)}")
+
+    def _run(self, seconds: float, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*self.command, *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            check=False,
+            env=_variables(),
+            # Ctrl-C must not end a submission half way.
+            start_new_session=True,
+        )
 
 
 def _variables() -> Mapping[str, str]:
