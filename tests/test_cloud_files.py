@@ -563,6 +563,19 @@ def test_a_recovered_job_with_results_at_home_is_ended_once(store: Store) -> Non
     assert not executor.superseded(made, state, done=0)
 
 
+def test_a_result_that_is_too_large_gives_up_its_own_run_alone(store: Store) -> None:
+    executor = CloudExecutor("test", SweepConfig(), CloudLauncher())
+    made, over = UnitJob(store.root, "unit-0", "sky-1", (), 0.0, {"kind": "sky"}), Job("sky-1", "FAILED")
+    log = "\n".join(parcel.lines(homing.TOO_LARGE, "aaa-eee", parcel.pack({"reason": "9 KB"})))
+    executor._home(store).received["sky-1"] = parcel.read_log(log)
+    assert executor.hopeless(made, over, "aaa") == "9 KB"
+    assert executor.hopeless(made, over, "bbb") == ""
+    log = "\n".join(parcel.lines(homing.REFUSAL, "job", parcel.pack({"reason": "other code"})))
+    executor._home(store).received["sky-1"] = parcel.read_log(log)
+    assert executor.hopeless(made, over, "bbb") == "other code"
+    assert "FAILED_SETUP: no pip" in executor.hopeless(made, Job("sky-1", "FAILED_SETUP", reason="no pip"), "bbb")
+
+
 def test_slots_slurm_and_clouds_have_the_same_plan(compose: Callable[..., list[Composed]], store: Store) -> None:
     preset = yaml.safe_load((ROOT / "sweeps" / "quickstart.yaml").read_text())
     grids = preset["hydra"]["sweeper"]["grids"]

@@ -197,15 +197,16 @@ class CloudExecutor(QueueExecutor):
             for cell in cells
         ]
 
-    def hopeless(self, job: UnitJob, state: Job) -> str:
-        """Why the runs of a job that is over would not come home the next time either."""
+    def hopeless(self, job: UnitJob, state: Job, run_id: str) -> str:
+        """Why a run of a job that is over would not come home the next time either."""
         if state.state in HOPELESS:
             said = f": {state.reason}" if state.reason else ""
             return f"SkyPilot ended job {job.job} as {state.state}{said}; see sky jobs logs --controller"
         known = self._homecoming.received.get(job.job) if self._homecoming else None
         if known is None:
             return ""
-        told = [*known.of(homing.REFUSAL).values(), *known.of(homing.TOO_LARGE).values()]
+        too_large = [text for name, text in known.of(homing.TOO_LARGE).items() if name.startswith(f"{run_id}-")]
+        told = [*known.of(homing.REFUSAL).values(), *too_large]
         return "; ".join(str(parcel.unpack(text)["reason"]) for text in told)
 
     def superseded(self, job: UnitJob, state: Job, done: int) -> bool:

@@ -166,9 +166,9 @@ class Follower:
         found = self.executor.endings(self.store, job, state, left)
         if found is None:
             return []
-        if reason := self.executor.hopeless(job, state):
-            self.given_up |= {ending.cell.run_id for ending in found}
-            found = [replace(ending, reason=reason) for ending in found]
+        hopeless = {cell.run_id: reason for cell in left if (reason := self.executor.hopeless(job, state, cell.run_id))}
+        self.given_up |= set(hopeless)
+        found = [replace(ending, reason=hopeless.get(ending.cell.run_id, ending.reason)) for ending in found]
         # What a job had not begun is not to blame for its end, unless the job never began anything.
         blameless = any(ending.begun for ending in found)
         return [self.open[ending.cell.run_id] for ending in found if self._again(ending, state, blameless)]

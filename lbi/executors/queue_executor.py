@@ -69,8 +69,8 @@ class QueueExecutor:
         """How each of `cells`, which have no result, stands now that the job is over; None if that is not known yet."""
         return endings(store, job, state, cells)
 
-    def hopeless(self, job: UnitJob, state: Job) -> str:
-        """Why the cells of an ended job would end so again; empty if they may not."""
+    def hopeless(self, job: UnitJob, state: Job, run_id: str) -> str:
+        """Why a run of an ended job would end so again; empty if it may not."""
         return ""
 
     def superseded(self, job: UnitJob, state: Job, done: int) -> bool:
