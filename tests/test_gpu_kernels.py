@@ -95,3 +95,33 @@ def test_fused_reads_lbis_formats_as_torch_does_on_a_cpu(text: str, dtype: torch
     # Up to where the texts part, if they do: rounding may turn a near tie.
     assert off(found.logits[: same + 1], wanted.logits[: same + 1]) < (1e-3 if dtype == torch.float32 else 3e-2)
     assert same == 29 or dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv", "width", "group"), [(32, 8, 128, 0), (9, 3, 64, 32), (8, 1, 80, 20), (4, 4, 96, 0)]
+)
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
+def test_attention_over_a_low_bit_cache_is_that_of_float64(
+    name: str, heads: int, kv: int, width: int, group: int
+) -> None:
+    """What the cache holds is the reference, so that only the kernel's own rounding is left."""
+    from lbi.kernels import cache_gpu
+    from lbi.kernels.cache_formats import CacheFormat
+
+    kind, slots, scale = CacheFormat(name, width, group or width), 3000, width**-0.5
+    cut = cache_gpu.cut_for(name, slots)
+    splits = cache_gpu.splits_for(torch.device("cuda"), kv, slots, cut)
+    # A few keys that stand out, and values far from zero, as real models have them.
+    keys, values = torch.randn(kv, slots, width, device="cuda") * 2, torch.randn(kv, slots, width, device="cuda") + 3
+    stored = kind.store(keys), kind.store(values)
+    exact_keys, exact_values = (kind.read(rows).double().repeat_interleave(heads // kv, 0) for rows in stored)
+    size = cache_gpu.scratch_size(width, heads, splits)
+    scratch = torch.zeros(size, device="cuda"), torch.zeros(kv, dtype=torch.int32, device="cuda")
+    for live in (1, 63, 64, 65, 1000, slots):
+        queries = torch.randn(heads, width, device="cuda").bfloat16()
+        out = torch.empty_like(queries)
+        position = torch.tensor([live - 1], device="cuda", dtype=torch.int32)
+        cache_gpu.attend(queries, *stored, position, 1, kind, scale, out, scratch, splits)
+        scores = torch.einsum("hd,htd->ht", queries.double(), exact_keys[:, :live]) * scale
+        wanted = torch.einsum("ht,htd->hd", scores.softmax(-1), exact_values[:, :live])
+        assert off(out.double(), wanted) < 4e-3, live

@@ -99,9 +99,11 @@ class Rows:
 
 
 def halves_problem(kind: CacheFormat) -> str | None:
-    """Why device/cache.py, which works on halves of a head, cannot have this format; None if it can."""
-    if kind.group != kind.width and (kind.width // 2) % kind.group:
-        return (
-            f"on a GPU groups are of a whole head or of its half; {kind.group} do not divide {kind.width // 2} values"
-        )
+    """Why device/cache.py and cache_attention.py cannot have this format; None if they can."""
+    half = kind.width // 2
+    if kind.group != kind.width and half % kind.group:
+        return f"on a GPU groups are of a whole head or of its half; {kind.group} do not divide {half} values"
+    piece = min(kind.group, half)
+    if piece % 4:
+        return f"on a GPU four values are read at once, and {piece} values of one scale are no multiple of that"
     return None

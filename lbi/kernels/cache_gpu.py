@@ -1,10 +1,11 @@
-"""Launches of device/cache.py: a low-bit cache on a GPU, for one token.
+"""Launches of device/cache.py and device/cache_attention.py: a low-bit cache on a GPU, for one token.
 
 cache_ops.py has the same in torch, for a CPU and as what these are tested against.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +14,29 @@ import triton.language as tl
 
 from lbi.kernels.cache_formats import FORMATS, CacheFormat, Rows
 from lbi.kernels.device import cache as device
+from lbi.kernels.device import cache_attention as attention_device
 
-SHORT, LONG = 32, 64
-"""Slots that a program attends to at once, in a short cache and in a long one."""
+SLICES = 4
+"""Slices of a program over a low-bit cache: a warp each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How attention is cut into programs: the `slots` that one attends to at once, the `stages` of loads that are
+    under way, and `waves`, programs for each multiprocessor."""
+
+    slots: int
+    stages: int
+    waves: int
+
 
 LONG_FROM = 2048
-"""Slots from which a cache is long: twice the programs are then worth their parts. Of 8,192 tokens in bf16, one
-layer on an H200: 37 us with 32 slots and one program a multiprocessor, 26 with 64, 21 with 64 and two."""
+"""Slots from which a cache is long: more programs are then worth the parts that they leave."""
+
+SHORT = {None: Cut(32, 3, 1)} | dict.fromkeys(FORMATS, Cut(64, 3, 1))
+
+LONG = {None: Cut(64, 3, 2), "int8": Cut(64, 3, 3), "fp8": Cut(64, 3, 3), "int4": Cut(64, 3, 2)}
+"""By `benchmarks/attention.py --try`; docs/log.md has the figures."""
 
 MERGED = 8192
 """Numbers of other programs that one adds up at once: 64 registers of each of 128 threads."""
@@ -63,25 +80,22 @@ def attend(
     scratch: tuple[torch.Tensor, torch.Tensor],
     splits: int,
     *,
+    cut: Cut | None = None,
     angles: tuple[torch.Tensor, torch.Tensor] | None = None,
     launch: dict[str, Any] | None = None,
 ) -> None:
     """Attention of one token, `queries` and `out` (heads, width), over all `position + offset` slots."""
     heads, (kv_heads, slots, _) = queries.numel() // kind.width, keys.codes.shape
     cos, sin = angles or (None, None)
-    block, group = tile(kind, heads // kv_heads)
-    device.attention[(kv_heads, splits)](
+    share, cut = heads // kv_heads, cut or cut_for(kind.name, slots)
+    launch = launch or {"num_warps": SLICES, "PDL": False}
+    attention_device.attention[(kv_heads, splits)](
         queries, cos, sin, *keys.tensors, *values.tensors, position, out, *scratch, slots, scale, offset,
-        HEADS=heads, KV=kv_heads, D=kind.width, BH=block, BG=group, BT=block_for(slots), G=kind.group,
-        FMT=FORMATS.index(kind.name), ROTATE=angles is not None, SPLITS=splits,
-        AT_ONCE=at_once(splits, heads // kv_heads, kind.width), HARD=_converts_fp8(),
-        **(launch or {"num_warps": 4, "PDL": False}),
+        HEADS=heads, KV=kv_heads, D=kind.width, R=max(16, triton.next_power_of_2(share)), S=SLICES,
+        T=cut.slots // SLICES,
+        G=kind.group, FMT=FORMATS.index(kind.name), ROTATE=angles is not None, SPLITS=splits,
+        AT_ONCE=at_once(splits, share, kind.width), HARD=_converts_fp8(), num_stages=cut.stages, **launch,
     )  # fmt: skip
-
-
-def tile(kind: CacheFormat, share: int) -> tuple[int, int]:
-    """Values of a half, and query heads of a key-value head, as blocks that tensor cores take."""
-    return max(16, triton.next_power_of_2(kind.width // 2)), max(16, triton.next_power_of_2(share))
 
 
 def scratch_size(width: int, heads: int, splits: int) -> int:
@@ -89,9 +103,9 @@ def scratch_size(width: int, heads: int, splits: int) -> int:
     return heads * splits * (_power(width) + 2)
 
 
-def block_for(slots: int) -> int:
-    """Slots that a program attends to at once."""
-    return LONG if slots >= LONG_FROM else SHORT
+def cut_for(name: str | None, slots: int) -> Cut:
+    """The cut for a cache of that format, None being 16 bits, with so many slots."""
+    return (LONG if slots >= LONG_FROM else SHORT)[name]
 
 
 def at_once(splits: int, share: int, width: int) -> int:
@@ -99,13 +113,12 @@ def at_once(splits: int, share: int, width: int) -> int:
     return max(1, min(_power(splits), MERGED // _power(share) // _power(width)))
 
 
-def splits_for(where: torch.device, kv_heads: int, slots: int) -> int:
-    """Programs a key-value head: as many as fill the GPU once or twice, none of which has less than a block."""
+def splits_for(where: torch.device, kv_heads: int, slots: int, cut: Cut) -> int:
+    """Programs a key-value head: as many as fill the GPU so many times, none of which has less than a block."""
     if where.type != "cuda":
         return 3
     multiprocessors = int(torch.cuda.get_device_properties(where).multi_processor_count)
-    waves = 2 if slots >= LONG_FROM else 1
-    return max(1, min(waves * multiprocessors // kv_heads, -(-slots // block_for(slots))))
+    return max(1, min(cut.waves * multiprocessors // kv_heads, -(-slots // cut.slots)))
 
 
 def _converts_fp8() -> bool:

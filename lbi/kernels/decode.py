@@ -49,7 +49,13 @@ class TritonSteps:
         self.position = torch.zeros(1, **self._make, dtype=torch.int32)
         self._scratch: dict[str, torch.Tensor] = {}
         self._pdl = device_.type == "cuda" and torch.cuda.get_device_capability(device_) >= (9, 0)
-        self._splits = cache_gpu.splits_for(device_, shape.kv_heads, shape.slots)
+        self.cut(cache_gpu.cut_for(cache.name if cache else None, shape.slots))
+
+    def cut(self, cut: cache_gpu.Cut) -> None:
+        """Have attention cut into programs otherwise than `cut_for` says; before anything is captured."""
+        self._cut = cut
+        self._splits = cache_gpu.splits_for(self.stream.values.device, self.shape.kv_heads, self.shape.slots, cut)
+        self._scratch.pop("partial", None)
 
     def embed(self, table: torch.Tensor, row_scales: torch.Tensor | None, gain: torch.Tensor) -> None:
         """The stream is the embedding of the token at the position; `gain` is the first norm's."""
@@ -100,7 +106,7 @@ class TritonSteps:
         device.attention[(kv, self._splits)](
             qkv, cos, sin, keys, values, self.position, out, partial, self._buffer("arrived", kv, torch.int32),
             shape.slots, shape.width**-0.5, HEADS=shape.heads, KV=kv, D=shape.width, BD=block,
-            BH=max(16, _power(shape.width // 2)), BG=max(16, _power(group)), BT=cache_gpu.block_for(shape.slots),
+            BH=max(16, _power(shape.width // 2)), BG=max(16, _power(group)), BT=self._cut.slots,
             SPLITS=self._splits, AT_ONCE=cache_gpu.at_once(self._splits, group, shape.width), **self._launch(4),
         )  # fmt: skip
         return out
@@ -118,7 +124,7 @@ class TritonSteps:
         cache_gpu.put((k, keys), (v, values), self.position, kind, self.dtype, angles=angles, launch=self._launch(1))
         cache_gpu.attend(
             q, keys, values, self.position, 1, kind, shape.width**-0.5, out, scratch, splits,
-            angles=angles, launch=self._launch(4),
+            cut=self._cut, angles=angles, launch=self._launch(cache_gpu.SLICES),
         )  # fmt: skip
         return out
 
