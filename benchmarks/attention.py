@@ -28,7 +28,10 @@ from lbi.kernels.decode_torch import Shape, rotate
 
 HEADS, KV, WIDTH = 32, 8, 128
 LAYERS = 8
-SLOTS, STAGES, WAVES = (64, 128), (2, 3, 4), (1, 2, 3, 4, 6)
+CUTS = (
+    *product((64, 128), (2, 3), (2, 3), (4,)),
+    *product((128, 256), (2, 3), (1, 2), (8,)),
+)
 
 
 def main() -> None:
@@ -70,8 +73,7 @@ def cache_format(name: str) -> CacheFormat | None:
 
 def cuts(kind: CacheFormat | None) -> list[Cut]:
     """What is tried. 16 bits hold what comes next in registers and have no stages."""
-    stages = STAGES if kind else (3,)
-    return [Cut(*values) for values in product(SLOTS, stages, WAVES)]
+    return [Cut(*values) for values in CUTS if kind or values[1] == 3]
 
 
 def layer(kind: CacheFormat | None, slots: int) -> tuple[Any, Any]:

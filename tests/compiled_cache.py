@@ -25,16 +25,12 @@ def main() -> None:
             angles = (torch.zeros(65, width // 2), torch.zeros(65, width // 2)) if fused else None
             position = torch.zeros(1, dtype=torch.int32 if fused else torch.int64)
             extra = {"launch_pdl": True} if fused else {}
-            cache_gpu.put(
-                (new[0], keys), (new[1], values), position, kind, torch.bfloat16,
-                angles=angles, launch={"num_warps": 1, "PDL": fused, **extra},
-            )  # fmt: skip
             size = cache_gpu.scratch_size(kind.width, heads, splits)
             scratch = torch.zeros(size), torch.zeros(kv_heads, dtype=torch.int32)
             out = torch.zeros(heads, width, dtype=torch.bfloat16)
             cache_gpu.attend(
                 queries, keys, values, position, 1, kind, 0.1, out, scratch, splits,
-                angles=angles, launch={"num_warps": 4, "PDL": fused, **extra},
+                new=tuple(new) if fused else None, angles=angles, launch={"PDL": fused, **extra},
             )  # fmt: skip
     shared = max(kernel.metadata.shared for kernel in compiled)
     if shared > SHARED:

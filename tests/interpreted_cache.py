@@ -31,7 +31,8 @@ def check(kind: CacheFormat, heads: int, kv_heads: int) -> None:
         key, value = torch.randn(2, kv_heads, kind.width) * (at != 4)
         position = torch.tensor([at], dtype=torch.int32)
         angles = (cos, sin) if at % 2 else None
-        cache_gpu.put((key, key_rows), (value, value_rows), position, kind, torch.float32, angles=angles)
+        args = (torch.zeros(heads, kind.width), key_rows, value_rows, position, 1, kind, 0.2)
+        cache_gpu.attend(*args, *room(kind, heads, kv_heads), new=(key, value), angles=angles)
         turned = rotate(key, cos[at], sin[at]) if at % 2 else key
         for rows, new in ((wanted_keys, turned), (wanted_values, value)):
             made = kind.store(new)
@@ -45,20 +46,20 @@ def check(kind: CacheFormat, heads: int, kv_heads: int) -> None:
     if not torch.equal(value_rows.codes, wanted_values.codes):
         raise SystemExit(f"{kind}: values are stored otherwise")
     for now in (0, 5, 31, 32, 33, SLOTS - 1):
-        queries, out = torch.randn(heads, kind.width), torch.empty(heads, kind.width)
-        splits = 3
-        scratch = (
-            torch.zeros(cache_gpu.scratch_size(kind.width, heads, splits)),
-            torch.zeros(kv_heads, dtype=torch.int32),
-        )
+        queries, found = torch.randn(heads, kind.width), room(kind, heads, kv_heads)
         position, angles = torch.tensor([now], dtype=torch.int32), (cos, sin) if now % 2 else None
-        args = (queries, wanted_keys, wanted_values, position, 1, kind, 0.2, out, scratch, splits)
-        cache_gpu.attend(*args, angles=angles)
+        cache_gpu.attend(queries, wanted_keys, wanted_values, position, 1, kind, 0.2, *found, angles=angles)
         turned = rotate(queries, cos[now], sin[now]) if angles else queries
         theirs = attended(turned, wanted_keys, wanted_values, now + 1, kind)
-        error = (out - theirs).norm() / theirs.norm()
+        error = (found[0] - theirs).norm() / theirs.norm()
         if not error < 1e-4:
             raise SystemExit(f"{kind}: attention over {now + 1} is {error:.1e} off")
+
+
+def room(kind: CacheFormat, heads: int, kv_heads: int) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], int]:
+    """Where attention's result goes, what its programs leave for one another, and how many share a head."""
+    size = cache_gpu.scratch_size(kind.width, heads, 3)
+    return torch.empty(heads, kind.width), (torch.zeros(size), torch.zeros(kv_heads, dtype=torch.int32)), 3
 
 
 def attended(queries: torch.Tensor, keys: Rows, values: Rows, live: int, kind: CacheFormat) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Launches of device/cache.py and device/cache_attention.py: a low-bit cache on a GPU, for one token.
+"""Launches of device/cache_attention.py: a low-bit cache on a GPU, for one token.
 
 cache_ops.py has the same in torch, for a CPU and as what these are tested against.
 """
@@ -13,21 +13,18 @@ import triton
 import triton.language as tl
 
 from lbi.kernels.cache_formats import FORMATS, CacheFormat, Rows
-from lbi.kernels.device import cache as device
-from lbi.kernels.device import cache_attention as attention_device
-
-SLICES = 4
-"""Slices of a program over a low-bit cache: a warp each."""
+from lbi.kernels.device import cache_attention as device
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
     """How attention is cut into programs: the `slots` that one attends to at once, the `stages` of loads that are
-    under way, and `waves`, programs for each multiprocessor."""
+    under way, `waves`: programs for each multiprocessor, and the `warps` of one."""
 
     slots: int
     stages: int
     waves: int
+    warps: int = 4
 
 
 LONG_FROM = 2048
@@ -35,37 +32,13 @@ LONG_FROM = 2048
 
 SHORT = {None: Cut(32, 3, 1)} | dict.fromkeys(FORMATS, Cut(64, 3, 1))
 
-LONG = {None: Cut(64, 3, 2), "int8": Cut(64, 3, 3), "fp8": Cut(64, 3, 3), "int4": Cut(64, 3, 2)}
+LONG = {None: Cut(64, 3, 2), "int8": Cut(128, 2, 2), "fp8": Cut(128, 2, 2), "int4": Cut(64, 3, 2)}
 """By `benchmarks/attention.py --try`; docs/log.md has the figures."""
 
 MERGED = 8192
 """Numbers of other programs that one adds up at once: 64 registers of each of 128 threads."""
 
 KINDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def put(
-    keys: tuple[torch.Tensor, Rows],
-    values: tuple[torch.Tensor, Rows],
-    position: torch.Tensor,
-    kind: CacheFormat,
-    dtype: torch.dtype,
-    *,
-    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
-    launch: dict[str, Any] | None = None,
-) -> None:
-    """Store a token's keys and values, each (heads, width) and where it goes, in the slot `position`.
-
-    They are rounded to `dtype` first; keys are turned by `angles`, cosines and sines (positions, width / 2).
-    """
-    size = kind.width // 2 if kind.group == kind.width else kind.group
-    heads, slots, _ = keys[1].codes.shape
-    cos, sin = angles or (None, None)
-    device.put[(heads, 2, kind.width // 2 // size)](
-        keys[0], values[0], cos, sin, *keys[1].tensors, *values[1].tensors, position, slots,
-        D=kind.width, G=kind.group, FMT=FORMATS.index(kind.name), KIND=KINDS[dtype], ROTATE=angles is not None,
-        BLOCK=triton.next_power_of_2(size), **(launch or {"num_warps": 1, "PDL": False}),
-    )  # fmt: skip
 
 
 def attend(
@@ -81,20 +54,26 @@ def attend(
     splits: int,
     *,
     cut: Cut | None = None,
+    new: tuple[torch.Tensor, torch.Tensor] | None = None,
     angles: tuple[torch.Tensor, torch.Tensor] | None = None,
     launch: dict[str, Any] | None = None,
 ) -> None:
-    """Attention of one token, `queries` and `out` (heads, width), over all `position + offset` slots."""
+    """Attention of one token, `queries` and `out` (heads, width), over all `position + offset` slots.
+
+    With `new`, its keys and values, (heads, width) each, it is put into the slot `position` first, rounded to the type
+    of `out`, its keys turned like the queries by `angles`, cosines and sines (positions, width / 2).
+    """
     heads, (kv_heads, slots, _) = queries.numel() // kind.width, keys.codes.shape
     cos, sin = angles or (None, None)
+    new_keys, new_values = new or (None, None)
     share, cut = heads // kv_heads, cut or cut_for(kind.name, slots)
-    launch = launch or {"num_warps": SLICES, "PDL": False}
-    attention_device.attention[(kv_heads, splits)](
-        queries, cos, sin, *keys.tensors, *values.tensors, position, out, *scratch, slots, scale, offset,
-        HEADS=heads, KV=kv_heads, D=kind.width, R=max(16, triton.next_power_of_2(share)), S=SLICES,
-        T=cut.slots // SLICES,
-        G=kind.group, FMT=FORMATS.index(kind.name), ROTATE=angles is not None, SPLITS=splits,
-        AT_ONCE=at_once(splits, share, kind.width), HARD=_converts_fp8(), num_stages=cut.stages, **launch,
+    launch = launch or {"PDL": False}
+    device.attention[(kv_heads, splits)](
+        queries, new_keys, new_values, cos, sin, *keys.tensors, *values.tensors, position, out, *scratch,
+        slots, scale, offset, HEADS=heads, KV=kv_heads, D=kind.width, R=max(16, triton.next_power_of_2(share)),
+        S=cut.warps, T=cut.slots // cut.warps, G=kind.group, FMT=FORMATS.index(kind.name), ROUND=KINDS[out.dtype],
+        ROTATE=angles is not None, SPLITS=splits, AT_ONCE=at_once(splits, share, kind.width), HARD=_converts_fp8(),
+        num_warps=cut.warps, num_stages=cut.stages, **launch,
     )  # fmt: skip
 
 

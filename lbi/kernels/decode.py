@@ -114,17 +114,16 @@ class TritonSteps:
     def _low_bit_attention(
         self, qkv: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], keys: Rows, values: Rows, kind: CacheFormat
     ) -> torch.Tensor:
-        """See `attention`: in two kernels, since a row is whole only when its scales are known."""
+        """See `attention`."""
         shape, kv, splits = self.shape, self.shape.kv_heads, self._splits
         sizes = [shape.heads * shape.width, kv * shape.width, kv * shape.width]
         q, k, v = qkv.split(sizes)
         out = self._buffer("mixed", sizes[0], self.dtype)
         size = cache_gpu.scratch_size(shape.width, shape.heads, splits)
         scratch = self._buffer("partial", size, torch.float32), self._buffer("arrived", kv, torch.int32)
-        cache_gpu.put((k, keys), (v, values), self.position, kind, self.dtype, angles=angles, launch=self._launch(1))
         cache_gpu.attend(
             q, keys, values, self.position, 1, kind, shape.width**-0.5, out, scratch, splits,
-            cut=self._cut, angles=angles, launch=self._launch(cache_gpu.SLICES),
+            cut=self._cut, new=(k, v), angles=angles, launch=self._launch(),
         )  # fmt: skip
         return out
 
@@ -159,8 +158,9 @@ class TritonSteps:
             self.shape.eps, **cut, PARTS=stream.parts, **self._launch(warps),
         )  # fmt: skip
 
-    def _launch(self, warps: int) -> dict[str, Any]:
-        return {"num_warps": warps, "PDL": self._pdl, **({"launch_pdl": True} if self._pdl else {})}
+    def _launch(self, warps: int | None = None) -> dict[str, Any]:
+        named = {} if warps is None else {"num_warps": warps}
+        return {**named, "PDL": self._pdl, **({"launch_pdl": True} if self._pdl else {})}
 
     def _buffer(self, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
         if name not in self._scratch:

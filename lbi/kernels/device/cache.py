@@ -67,39 +67,28 @@ def _codes_of(x, scale, low, FMT: tl.constexpr):
 
 
 @triton.jit
-def put(
-    new_keys, new_values, cos_table, sin_table, key_codes, key_numbers, value_codes, value_numbers, position, slots,
+def put_pair(
+    source, codes, numbers, cos_table, sin_table, head, row, now, pair,
     D: tl.constexpr, G: tl.constexpr, FMT: tl.constexpr, KIND: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token into its slot. Programs: (heads, keys and values, pairs of groups, one of each half).
+    """One pair of groups of `head`'s values, one of each half, into `row`. A group of a whole head is one pair.
 
-    Groups of a whole head are one pair that shares a scale. `KIND` is the type that values are rounded to first.
+    `KIND` is the type that values are rounded to first.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    head, which, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     HALF: tl.constexpr = D // 2
     WHOLE: tl.constexpr = G == D
     SIZE: tl.constexpr = HALF if WHOLE else G
     GROUPS: tl.constexpr = D // G
-    now = tl.load(position)
     i = tl.arange(0, BLOCK)
     inside = i < SIZE
     h = pair * SIZE + i
-    source = new_keys if which == 0 else new_values
-    codes = key_codes if which == 0 else value_codes
-    numbers = key_numbers if which == 0 else value_numbers
     one = tl.load(source + head * D + h, mask=inside, other=0.0).to(tl.float32)
     two = tl.load(source + head * D + HALF + h, mask=inside, other=0.0).to(tl.float32)
-    if ROTATE:  # noqa: SIM102 (without angles the inner part must not be compiled)
-        if which == 0:
-            cos = tl.load(cos_table + now * HALF + h, mask=inside, other=0.0)
-            sin = tl.load(sin_table + now * HALF + h, mask=inside, other=0.0)
-            one, two = one * cos - two * sin, two * cos + one * sin
+    if ROTATE:
+        cos = tl.load(cos_table + now * HALF + h, mask=inside, other=0.0)
+        sin = tl.load(sin_table + now * HALF + h, mask=inside, other=0.0)
+        one, two = one * cos - two * sin, two * cos + one * sin
     one, two = one.to(KIND).to(tl.float32), two.to(KIND).to(tl.float32)
-    row = head.to(tl.int64) * slots + now
     if FMT == 2:
         low1 = tl.min(tl.where(inside, one, float("inf")), axis=0)
         low2 = tl.min(tl.where(inside, two, float("inf")), axis=0)

@@ -8,17 +8,18 @@ codes that share a scale, a piece: the whole head, or a group.
 
 A program's warps do not wait for each other: each has slots of its own, a slice, with its own
 maximum, and only the end adds up the slices. Both are batches of one product, (pieces * slices).
-Rows of it are the query heads that share a key-value head, 16 at least, as the tensor cores want.
+Rows of it are the query heads that share a key-value head, over and over until there are 16, as the tensor cores want.
 
 float16 has three bits more than bfloat16, and all codes; what it lacks in range is made up by LIFT.
-The splits of a key-value head share the live length, as in device/decode.py. FMT is 0 for int8,
+The splits of a key-value head share the live length, as in device/decode.py; the last of them has the token
+itself alone, for putting it into the cache takes as long as attending to a thousand. FMT is 0 for int8,
 1 for fp8 (e4m3), 2 for int4, of which a byte has a value of each half of a head.
 """
 
 import triton
 import triton.language as tl
 
-from lbi.kernels.device.cache import _widened
+from lbi.kernels.device.cache import _widened, put_pair
 from lbi.kernels.device.splits import merge_if_last
 
 PTX = tl.constexpr(not triton.knobs.runtime.interpret)
@@ -143,9 +144,24 @@ def _turned(
 
 
 @triton.jit
+def _in_all_rows(values, P: tl.constexpr, S: tl.constexpr, H: tl.constexpr, R: tl.constexpr):
+    """(P * S, R, ...) of (P, H, ...): the heads over and over, alike for all slices."""
+    WIDTH: tl.constexpr = values.shape[2]
+    wide = tl.broadcast_to(values[:, None, None, :, :], (P, S, R // H, H, WIDTH))
+    return tl.reshape(wide, (P * S, R, WIDTH))
+
+
+@triton.jit
 def _of_each_slice(values, P: tl.constexpr, S: tl.constexpr, R: tl.constexpr, T: tl.constexpr):
     """(P * S, R, T) of what all pieces have alike, (S, R, T)."""
     return tl.reshape(tl.broadcast_to(values[None, :, :, :], (P, S, R, T)), (P * S, R, T))
+
+
+@triton.jit
+def _in_order(a, b, c, d):
+    """(B, R, 4 * words) of the four bytes of words."""
+    made = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(made, (a.shape[0], a.shape[1], 4 * a.shape[2]))
 
 
 @triton.jit
@@ -161,23 +177,35 @@ def _numbers(numbers, at, piece, is_live, LOW: tl.constexpr, HIGH: tl.constexpr,
 
 
 @triton.jit
+def _prefetch(start, size, SPAN: tl.constexpr):
+    """Have `SPAN` bytes from `start` on, or `size` if they are fewer, brought to the L2, waiting for nothing."""
+    line = tl.arange(0, triton.next_power_of_2(triton.cdiv(SPAN, 128))) * 128
+    where = start + tl.maximum(tl.minimum(line, size - 1), 0)
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [where], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def attention(
-    queries, cos_table, sin_table, key_codes, key_numbers, value_codes, value_numbers, position, out, partial, arrived,
-    slots, scale, offset,
+    queries, new_keys, new_values, cos_table, sin_table, key_codes, key_numbers, value_codes, value_numbers,
+    position, out, partial, arrived, slots, scale, offset,
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
-    G: tl.constexpr, FMT: tl.constexpr, ROTATE: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
-    HARD: tl.constexpr, PDL: tl.constexpr,
+    G: tl.constexpr, FMT: tl.constexpr, ROUND: tl.constexpr, ROTATE: tl.constexpr, SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr, HARD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one token over the `position + offset` that the cache holds, the token itself among them.
 
     Programs: (key-value heads, SPLITS), each of S slices of T slots at once. `queries` is (HEADS, D); with ROTATE
     they are turned by the angles of `position`. R: a power of two of 16 or more, for HEADS / KV rows. `partial` and
     `arrived` are merge_if_last's, BD being the next power of two of D.
+
+    With `new_keys` and `new_values`, (KV, D), the token is put into the cache first, rounded to ROUND, by the program
+    that attends to it. Only these and `queries` come from the kernel before this one; as in device/decode.py the past
+    was there when the step began, and has it on its way to the L2 before that kernel ends.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     SHARE: tl.constexpr = HEADS // KV
+    H: tl.constexpr = triton.next_power_of_2(SHARE)
     HALF: tl.constexpr = D // 2
     FAST: tl.constexpr = PTX and out.dtype.element_ty != tl.float32
     KIND: tl.constexpr = tl.float16 if FAST else tl.float32
@@ -199,33 +227,61 @@ def attention(
     LIFT: tl.constexpr = (64.0 if FMT == 0 else (256.0 if FMT == 1 else 16.0)) if FAST else 1.0
 
     kv, split = tl.program_id(0), tl.program_id(1)
-    now = tl.load(position)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    now = tl.load(position, cache_modifier=".cg")
+    live = (now + offset).to(tl.int32)
+    BT: tl.constexpr = S * T
+    if new_keys is not None and SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(live - 1, SPLITS - 1), BT) * BT
+        first = tl.where(split == SPLITS - 1, live - 1, split * share)
+        end = tl.where(split == SPLITS - 1, live, tl.minimum(first + share, live - 1))
+    else:
+        share = tl.cdiv(tl.cdiv(live, SPLITS), BT) * BT
+        first = split * share
+        end = tl.minimum(first + share, live)
+    row = kv.to(tl.int64) * slots
+    codes_per_row: tl.constexpr = HALF if FMT == 2 else D
+    if PDL:
+        begins = (row + first) * codes_per_row
+        bytes_live = (end - first) * codes_per_row
+        _prefetch(key_codes + begins, bytes_live, BT * codes_per_row)
+        _prefetch(value_codes + begins, bytes_live, BT * codes_per_row)
+        tl.extra.cuda.gdc_wait()
+    if new_keys is not None:  # noqa: SIM102 (what the first condition leaves out must not be compiled)
+        if split == SPLITS - 1:
+            HALVES: tl.constexpr = HALF if G == D else G
+            for pair in tl.static_range(HALF // HALVES):
+                put_pair(
+                    new_keys, key_codes, key_numbers, cos_table, sin_table, kv, row + now, now, pair,
+                    D, G, FMT, ROUND, ROTATE, triton.next_power_of_2(HALVES),
+                )  # fmt: skip
+                put_pair(
+                    new_values, value_codes, value_numbers, None, None, kv, row + now, now, pair,
+                    D, G, FMT, ROUND, False, triton.next_power_of_2(HALVES),
+                )  # fmt: skip
+            tl.debug_barrier()
     b, r, i, w = tl.arange(0, B), tl.arange(0, R), tl.arange(0, BYTES), tl.arange(0, WORDS)
     piece, slice_ = b // S, b % S
     own = tl.arange(0, T)
 
-    d = (piece * PIECE)[:, None, None] + i[None, None, :]
-    asked = (r < SHARE)[None, :, None] & (i < PIECE)[None, None, :] & (piece < PIECES)[:, None, None]
-    head = (kv * SHARE + r)[None, :, None]
+    h, q = tl.arange(0, H), tl.arange(0, P)
+    d = (q * PIECE)[:, None, None] + i[None, None, :]
+    asked = (h < SHARE)[None, :, None] & (i < PIECE)[None, None, :] & (q < PIECES)[:, None, None]
+    head = (kv * SHARE + h)[None, :, None]
     query = _turned(queries, cos_table, sin_table, now, head, d, asked, scale * LOG2_E, D, ROTATE).to(KIND)
-    query_sum = tl.sum(query.to(tl.float32), axis=2)
+    query_sum = _in_all_rows(tl.sum(query.to(tl.float32), axis=2)[:, :, None], P, S, H, R)
+    query = _in_all_rows(query, P, S, H, R)
+    begin = tl.broadcast_to(-OFF * query_sum, (B, R, T))
     if FMT == 2:
         second = _turned(queries, cos_table, sin_table, now, head, d + HALF, asked, scale * LOG2_E / UP, D, ROTATE)
         second = second.to(KIND)
-        second_sum = tl.sum(second.to(tl.float32), axis=2)
-    begin = tl.broadcast_to((-OFF * query_sum)[:, :, None], (B, R, T))
-    if FMT == 2:
-        begin_second = tl.broadcast_to((-OFF * second_sum)[:, :, None], (B, R, T))
+        second_sum = _in_all_rows(tl.sum(second.to(tl.float32), axis=2)[:, :, None], P, S, H, R)
+        second = _in_all_rows(second, P, S, H, R)
+        begin_second = tl.broadcast_to(-OFF * second_sum, (B, R, T))
         if not TWO:
             begin += begin_second
 
-    live = (now + offset).to(tl.int32)
-    BT: tl.constexpr = S * T
-    share = tl.cdiv(tl.cdiv(live, SPLITS), BT) * BT
-    first = split * share
-    end = tl.minimum(first + share, live)
-    row = kv.to(tl.int64) * slots
-    codes_per_row: tl.constexpr = HALF if FMT == 2 else D
     if FMT == 1 and HARD:
         keys = key_codes.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
     else:
@@ -237,10 +293,10 @@ def attention(
     a0 = tl.zeros((B, R, WORDS), tl.float32)
     a1, a2, a3 = a0, a0, a0
     h0, h1, h2, h3 = a0, a0, a0, a0
-    least_sum = tl.zeros((B, R, 8), tl.float32)
-    least_second = tl.zeros((B, R, 8), tl.float32)
+    least = tl.zeros((B, R, T), tl.float32)
+    least_2 = tl.zeros((B, R, T), tl.float32)
 
-    # Scales come a step ahead: they are too small to come with the codes.
+    # Scales are asked for a whole step ahead: they are too small to come with the codes.
     t = first + (slice_ * T)[:, None] + own[None, :]
     is_live = (t < end) & (piece < PIECES)[:, None]
     at, p = row + t, piece[:, None]
@@ -257,6 +313,18 @@ def attention(
 
     for start in range(first, end, BT):
         t = start + (slice_ * T)[:, None] + own[None, :]
+        is_next = (t + BT < end) & (piece < PIECES)[:, None]
+        at = row + t + BT
+        next_key_size = _numbers(key_numbers, at, p, is_next, 0, 0, NUMBERS)
+        next_value_size = _numbers(value_numbers, at, p, is_next, 0, 0, NUMBERS)
+        if FMT == 2:
+            next_key_low = _numbers(key_numbers, at, p, is_next, GROUPS, 0, NUMBERS)
+            next_value_low = _numbers(value_numbers, at, p, is_next, GROUPS, 0, NUMBERS)
+        if TWO:
+            next_key_size_2 = _numbers(key_numbers, at, p, is_next, 0, SECOND, NUMBERS)
+            next_value_size_2 = _numbers(value_numbers, at, p, is_next, 0, SECOND, NUMBERS)
+            next_key_low_2 = _numbers(key_numbers, at, p, is_next, GROUPS, SECOND, NUMBERS)
+            next_value_low_2 = _numbers(value_numbers, at, p, is_next, GROUPS, SECOND, NUMBERS)
         is_live = (t < end) & (piece < PIECES)[:, None]
         at = row + t
         where = at[:, :, None] * codes_per_row + (piece * PIECE)[:, None, None] + i[None, None, :]
@@ -267,14 +335,14 @@ def attention(
         if TWO:
             other = tl.dot(second, tl.permute(two, (0, 2, 1)), begin_second, input_precision="ieee")
             found = found * key_size.to(tl.float32)[:, None, :] + other * key_size_2.to(tl.float32)[:, None, :]
-            found += query_sum[:, :, None] * key_low.to(tl.float32)[:, None, :]
-            found += (UP * second_sum)[:, :, None] * key_low_2.to(tl.float32)[:, None, :]
+            found += query_sum * key_low.to(tl.float32)[:, None, :]
+            found += (UP * second_sum) * key_low_2.to(tl.float32)[:, None, :]
         else:
             if FMT == 2:
                 found = tl.dot(second, tl.permute(two, (0, 2, 1)), found, input_precision="ieee")
             found *= key_size.to(tl.float32)[:, None, :]
             if FMT == 2:
-                found += (query_sum + UP * second_sum)[:, :, None] * key_low.to(tl.float32)[:, None, :]
+                found += (query_sum + UP * second_sum) * key_low.to(tl.float32)[:, None, :]
         score = tl.sum(tl.reshape(found, (P, S, R, T)), axis=0)
         mine = start + tl.arange(0, S)[:, None] * T + own[None, :]
         score = tl.where((mine < end)[:, None, :], score, float("-inf"))
@@ -304,50 +372,34 @@ def attention(
             h1 = tl.dot(sized, v1, h1 * shrunk, input_precision="ieee")
             h2 = tl.dot(sized, v2, h2 * shrunk, input_precision="ieee")
             h3 = tl.dot(sized, v3, h3 * shrunk, input_precision="ieee")
-            plain = weights.to(KIND)
-            lows = tl.broadcast_to(value_low.to(KIND)[:, :, None], (B, T, 8))
-            least_sum = tl.dot(plain, lows, least_sum * shrunk, input_precision="ieee")
+            least = least * shrunk + weights * value_low.to(tl.float32)[:, None, :]
             if TWO:
-                lows = tl.broadcast_to(value_low_2.to(KIND)[:, :, None], (B, T, 8))
-                least_second = tl.dot(plain, lows, least_second * shrunk, input_precision="ieee")
+                least_2 = least_2 * shrunk + weights * value_low_2.to(tl.float32)[:, None, :]
 
-        t += BT
-        is_live = (t < end) & (piece < PIECES)[:, None]
-        at = row + t
-        key_size = _numbers(key_numbers, at, p, is_live, 0, 0, NUMBERS)
-        value_size = _numbers(value_numbers, at, p, is_live, 0, 0, NUMBERS)
+        key_size, value_size = next_key_size, next_value_size
         if FMT == 2:
-            key_low = _numbers(key_numbers, at, p, is_live, GROUPS, 0, NUMBERS)
-            value_low = _numbers(value_numbers, at, p, is_live, GROUPS, 0, NUMBERS)
+            key_low, value_low = next_key_low, next_value_low
         if TWO:
-            key_size_2 = _numbers(key_numbers, at, p, is_live, 0, SECOND, NUMBERS)
-            value_size_2 = _numbers(value_numbers, at, p, is_live, 0, SECOND, NUMBERS)
-            key_low_2 = _numbers(key_numbers, at, p, is_live, GROUPS, SECOND, NUMBERS)
-            value_low_2 = _numbers(value_numbers, at, p, is_live, GROUPS, SECOND, NUMBERS)
+            key_size_2, value_size_2 = next_key_size_2, next_value_size_2
+            key_low_2, value_low_2 = next_key_low_2, next_value_low_2
 
     highest = tl.max(most, axis=0)
     part = tl.exp2(most - highest[None, :])
     whole = tl.sum(tl.sum(total, axis=2) * part, axis=0)
     BD: tl.constexpr = triton.next_power_of_2(D)
     mine = partial + ((kv * SPLITS + split) * SHARE + r) * (BD + 2)
-    q = tl.arange(0, P)
-    to = mine[None, :, None] + (q * PIECE)[:, None, None] + 4 * w[None, None, :]
-    asked = (r < SHARE)[None, :, None] & (w < PIECE // 4)[None, None, :] & (q < PIECES)[:, None, None]
-    lowest = tl.zeros((P, R, 1), tl.float32)
+    j = tl.arange(0, 4 * WORDS)
+    to = mine[None, :, None] + (q * PIECE)[:, None, None] + j[None, None, :]
+    asked = (r < SHARE)[None, :, None] & (j < PIECE)[None, None, :] & (q < PIECES)[:, None, None]
+    made = _over_slices(_in_order(a0, a1, a2, a3), part, P, S, R, 4 * WORDS) / LIFT
     if FMT == 2:
-        lowest = tl.sum(_over_slices(least_sum, part, P, S, R, 8), axis=2)[:, :, None] / 8
-    tl.store(to, _over_slices(a0, part, P, S, R, WORDS) / LIFT + lowest, mask=asked)
-    tl.store(to + 1, _over_slices(a1, part, P, S, R, WORDS) / LIFT + lowest, mask=asked)
-    tl.store(to + 2, _over_slices(a2, part, P, S, R, WORDS) / LIFT + lowest, mask=asked)
-    tl.store(to + 3, _over_slices(a3, part, P, S, R, WORDS) / LIFT + lowest, mask=asked)
-    if FMT == 2:
+        lowest = tl.sum(_over_slices(least, part, P, S, R, T), axis=2)[:, :, None]
+        made += lowest
+        second_made = _over_slices(_in_order(h0, h1, h2, h3), part, P, S, R, 4 * WORDS) / LIFT
         if TWO:
-            lowest = tl.sum(_over_slices(least_second, part, P, S, R, 8), axis=2)[:, :, None] / 8
-        to += HALF
-        tl.store(to, _over_slices(h0, part, P, S, R, WORDS) / LIFT + lowest, mask=asked)
-        tl.store(to + 1, _over_slices(h1, part, P, S, R, WORDS) / LIFT + lowest, mask=asked)
-        tl.store(to + 2, _over_slices(h2, part, P, S, R, WORDS) / LIFT + lowest, mask=asked)
-        tl.store(to + 3, _over_slices(h3, part, P, S, R, WORDS) / LIFT + lowest, mask=asked)
+            lowest = tl.sum(_over_slices(least_2, part, P, S, R, T), axis=2)[:, :, None]
+        tl.store(to + HALF, second_made + lowest, mask=asked)
+    tl.store(to, made, mask=asked)
     tl.store(mine + BD, highest / LOG2_E, mask=r < SHARE)
     tl.store(mine + BD + 1, whole, mask=r < SHARE)
     merge_if_last(partial, arrived, out + kv * SHARE * D, kv, SHARE, D, BD, SPLITS, AT_ONCE)
