@@ -25,8 +25,8 @@ def main() -> None:
             angles = (torch.zeros(65, width // 2), torch.zeros(65, width // 2)) if fused else None
             position = torch.zeros(1, dtype=torch.int32 if fused else torch.int64)
             extra = {"launch_pdl": True} if fused else {}
-            size = cache_gpu.scratch_size(kind.width, heads, splits)
-            scratch = torch.zeros(size), torch.zeros(kv_heads, dtype=torch.int32)
+            cut = cache_gpu.cut_for(name, 64)
+            scratch = cache_gpu.scratch(torch.device("cpu"), heads, kv_heads, width, splits, cut)
             out = torch.zeros(heads, width, dtype=torch.bfloat16)
             cache_gpu.attend(
                 queries, keys, values, position, 1, kind, 0.1, out, scratch, splits,

@@ -56,10 +56,12 @@ def check(kind: CacheFormat, heads: int, kv_heads: int) -> None:
             raise SystemExit(f"{kind}: attention over {now + 1} is {error:.1e} off")
 
 
-def room(kind: CacheFormat, heads: int, kv_heads: int) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], int]:
+def room(kind: CacheFormat, heads: int, kv_heads: int) -> tuple[torch.Tensor, cache_gpu.Scratch, int]:
     """Where attention's result goes, what its programs leave for one another, and how many share a head."""
-    size = cache_gpu.scratch_size(kind.width, heads, 3)
-    return torch.empty(heads, kind.width), (torch.zeros(size), torch.zeros(kv_heads, dtype=torch.int32)), 3
+    scratch = cache_gpu.scratch(
+        torch.device("cpu"), heads, kv_heads, kind.width, 3, cache_gpu.cut_for(kind.name, SLOTS)
+    )
+    return torch.empty(heads, kind.width), scratch, 3
 
 
 def attended(queries: torch.Tensor, keys: Rows, values: Rows, live: int, kind: CacheFormat) -> torch.Tensor:

@@ -115,8 +115,7 @@ def test_attention_over_a_low_bit_cache_is_that_of_float64(
     keys, values = torch.randn(kv, slots, width, device="cuda") * 2, torch.randn(kv, slots, width, device="cuda") + 3
     stored = kind.store(keys), kind.store(values)
     exact_keys, exact_values = (kind.read(rows).double().repeat_interleave(heads // kv, 0) for rows in stored)
-    size = cache_gpu.scratch_size(width, heads, splits)
-    scratch = torch.zeros(size, device="cuda"), torch.zeros(kv, dtype=torch.int32, device="cuda")
+    scratch = cache_gpu.scratch(torch.device("cuda"), heads, kv, width, splits, cut)
     for live in (1, 63, 64, 65, 1000, slots):
         queries = torch.randn(heads, width, device="cuda").bfloat16()
         out = torch.empty_like(queries)

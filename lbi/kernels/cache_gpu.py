@@ -35,9 +35,6 @@ SHORT = {None: Cut(32, 3, 1)} | dict.fromkeys(FORMATS, Cut(64, 3, 1))
 LONG = {None: Cut(64, 3, 2), "int8": Cut(128, 2, 2), "fp8": Cut(128, 2, 2), "int4": Cut(64, 3, 2)}
 """By `benchmarks/attention.py --try`; docs/log.md has the figures."""
 
-MERGED = 8192
-"""Numbers of other programs that one adds up at once: 64 registers of each of 128 threads."""
-
 KINDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -50,7 +47,7 @@ def attend(
     kind: CacheFormat,
     scale: float,
     out: torch.Tensor,
-    scratch: tuple[torch.Tensor, torch.Tensor],
+    scratch: Scratch,
     splits: int,
     *,
     cut: Cut | None = None,
@@ -72,9 +69,23 @@ def attend(
         queries, new_keys, new_values, cos, sin, *keys.tensors, *values.tensors, position, out, *scratch,
         slots, scale, offset, HEADS=heads, KV=kv_heads, D=kind.width, R=max(16, triton.next_power_of_2(share)),
         S=cut.warps, T=cut.slots // cut.warps, G=kind.group, FMT=FORMATS.index(kind.name), ROUND=KINDS[out.dtype],
-        ROTATE=angles is not None, SPLITS=splits, AT_ONCE=at_once(splits, share, kind.width), HARD=_converts_fp8(),
+        ROTATE=angles is not None, SPLITS=splits, HARD=_converts_fp8(),
         num_warps=cut.warps, num_stages=cut.stages, **launch,
     )  # fmt: skip
+
+
+Scratch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""What slices leave for their program, what programs leave for one another, and how many of them have."""
+
+
+def scratch(where: torch.device, heads: int, kv_heads: int, width: int, splits: int, cut: Cut) -> Scratch:
+    """Room for one attention over a low-bit cache after the other."""
+    size = scratch_size(width, heads, splits)
+    return (
+        torch.empty(size * cut.warps, device=where),
+        torch.empty(size, device=where),
+        torch.zeros(kv_heads, device=where, dtype=torch.int32),
+    )
 
 
 def scratch_size(width: int, heads: int, splits: int) -> int:
@@ -85,11 +96,6 @@ def scratch_size(width: int, heads: int, splits: int) -> int:
 def cut_for(name: str | None, slots: int) -> Cut:
     """The cut for a cache of that format, None being 16 bits, with so many slots."""
     return (LONG if slots >= LONG_FROM else SHORT)[name]
-
-
-def at_once(splits: int, share: int, width: int) -> int:
-    """Splits whose parts are added up at once, for `share` query heads a key-value head."""
-    return max(1, min(_power(splits), MERGED // _power(share) // _power(width)))
 
 
 def splits_for(where: torch.device, kv_heads: int, slots: int, cut: Cut) -> int:

@@ -190,11 +190,9 @@ def _attend_on_gpu(
         return attend_in_torch(queries, *held, length, name, group, scale, offset)
     from lbi.kernels import cache_gpu
 
-    splits = cache_gpu.splits_for(
-        queries.device, kv_heads, key_codes.shape[1], cache_gpu.cut_for(name, key_codes.shape[1])
-    )
-    size = cache_gpu.scratch_size(kind.width, heads, splits)
-    scratch = queries.new_empty(size, dtype=torch.float32), queries.new_zeros(kv_heads, dtype=torch.int32)
+    cut = cache_gpu.cut_for(name, key_codes.shape[1])
+    splits = cache_gpu.splits_for(queries.device, kv_heads, key_codes.shape[1], cut)
+    scratch = cache_gpu.scratch(queries.device, heads, kv_heads, width, splits, cut)
     asked, made = queries.contiguous(), torch.empty_like(queries)
     cache_gpu.attend(
         asked, Rows(*held[:2]), Rows(*held[2:]), length, offset, kind, scale, made, scratch, splits

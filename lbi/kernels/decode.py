@@ -53,9 +53,9 @@ class TritonSteps:
 
     def cut(self, cut: cache_gpu.Cut) -> None:
         """Have attention cut into programs otherwise than `cut_for` says; before anything is captured."""
-        self._cut = cut
-        self._splits = cache_gpu.splits_for(self.stream.values.device, self.shape.kv_heads, self.shape.slots, cut)
-        self._scratch.pop("partial", None)
+        shape, where = self.shape, self.stream.values.device
+        self._cut, self._splits = cut, cache_gpu.splits_for(where, shape.kv_heads, shape.slots, cut)
+        self._room = cache_gpu.scratch(where, shape.heads, shape.kv_heads, shape.width, self._splits, cut)
 
     def embed(self, table: torch.Tensor, row_scales: torch.Tensor | None, gain: torch.Tensor) -> None:
         """The stream is the embedding of the token at the position; `gain` is the first norm's."""
@@ -101,13 +101,12 @@ class TritonSteps:
         block = _power(shape.width)
         group = shape.heads // kv
         out = self._buffer("mixed", shape.heads * shape.width, self.dtype)
-        size = cache_gpu.scratch_size(shape.width, shape.heads, self._splits)
-        partial = self._buffer("partial", size, torch.float32)
+        _, partial, arrived = self._room
         device.attention[(kv, self._splits)](
-            qkv, cos, sin, keys, values, self.position, out, partial, self._buffer("arrived", kv, torch.int32),
+            qkv, cos, sin, keys, values, self.position, out, partial, arrived,
             shape.slots, shape.width**-0.5, HEADS=shape.heads, KV=kv, D=shape.width, BD=block,
             BH=max(16, _power(shape.width // 2)), BG=max(16, _power(group)), BT=self._cut.slots,
-            SPLITS=self._splits, AT_ONCE=cache_gpu.at_once(self._splits, group, shape.width), **self._launch(4),
+            SPLITS=self._splits, **self._launch(4),
         )  # fmt: skip
         return out
 
@@ -115,14 +114,12 @@ class TritonSteps:
         self, qkv: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], keys: Rows, values: Rows, kind: CacheFormat
     ) -> torch.Tensor:
         """See `attention`."""
-        shape, kv, splits = self.shape, self.shape.kv_heads, self._splits
+        shape, kv = self.shape, self.shape.kv_heads
         sizes = [shape.heads * shape.width, kv * shape.width, kv * shape.width]
         q, k, v = qkv.split(sizes)
         out = self._buffer("mixed", sizes[0], self.dtype)
-        size = cache_gpu.scratch_size(shape.width, shape.heads, splits)
-        scratch = self._buffer("partial", size, torch.float32), self._buffer("arrived", kv, torch.int32)
         cache_gpu.attend(
-            q, keys, values, self.position, 1, kind, shape.width**-0.5, out, scratch, splits,
+            q, keys, values, self.position, 1, kind, shape.width**-0.5, out, self._room, self._splits,
             cut=self._cut, new=(k, v), angles=angles, launch=self._launch(),
         )  # fmt: skip
         return out

@@ -8,7 +8,7 @@ codes that share a scale, a piece: the whole head, or a group.
 
 A program's warps do not wait for each other: each has slots of its own, a slice, with its own
 maximum, and only the end adds up the slices. Both are batches of one product, (pieces * slices).
-Rows of it are the query heads that share a key-value head, over and over until there are 16, as the tensor cores want.
+Rows of it are the query heads that share a key-value head, in turn until there are 16, as the tensor cores want.
 
 float16 has three bits more than bfloat16, and all codes; what it lacks in range is made up by LIFT.
 The splits of a key-value head share the live length, as in device/decode.py; the last of them has the token
@@ -20,15 +20,12 @@ import triton
 import triton.language as tl
 
 from lbi.kernels.device.cache import _widened, put_pair
-from lbi.kernels.device.splits import merge_if_last
+from lbi.kernels.device.splits import LEAST, merge_if_last, one_by_one
 
 PTX = tl.constexpr(not triton.knobs.runtime.interpret)
 """Whether inline assembly can be used: Triton's interpreter knows none."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-LEAST = tl.constexpr(-1e30)
-"""A maximum of no scores: finite, so that a slice without slots has weights of zero and not of nan."""
 
 
 @triton.jit
@@ -144,11 +141,11 @@ def _turned(
 
 
 @triton.jit
-def _in_all_rows(values, P: tl.constexpr, S: tl.constexpr, H: tl.constexpr, R: tl.constexpr):
-    """(P * S, R, ...) of (P, H, ...): the heads over and over, alike for all slices."""
+def _for_all_slices(values, P: tl.constexpr, S: tl.constexpr):
+    """(P * S, R, ...) of (P, R, ...)."""
+    R: tl.constexpr = values.shape[1]
     WIDTH: tl.constexpr = values.shape[2]
-    wide = tl.broadcast_to(values[:, None, None, :, :], (P, S, R // H, H, WIDTH))
-    return tl.reshape(wide, (P * S, R, WIDTH))
+    return tl.reshape(tl.broadcast_to(values[:, None, :, :], (P, S, R, WIDTH)), (P * S, R, WIDTH))
 
 
 @triton.jit
@@ -158,16 +155,34 @@ def _of_each_slice(values, P: tl.constexpr, S: tl.constexpr, R: tl.constexpr, T:
 
 
 @triton.jit
-def _in_order(a, b, c, d):
-    """(B, R, 4 * words) of the four bytes of words."""
-    made = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.reshape(made, (a.shape[0], a.shape[1], 4 * a.shape[2]))
+def _put_part(mine, acc, piece, j, r, w, SHARE: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """Byte `j` of the words' sums, (P * S, R, words), where each slice leaves its part."""
+    asked = (r < SHARE)[None, :, None] & (w < PIECE // 4)[None, None, :] & (piece < PIECES)[:, None, None]
+    tl.store(mine[:, :, None] + (piece * PIECE)[:, None, None] + 4 * w[None, None, :] + j, acc, mask=asked)
 
 
 @triton.jit
-def _over_slices(acc, part, P: tl.constexpr, S: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """(P, R, W): the slices of `acc`, (P * S, R, W), each times its `part`, (S, R)."""
-    return tl.sum(tl.reshape(acc, (P, S, R, W)) * part[None, :, :, None], axis=1)
+def _merged_slices(
+    parts, to, known, S: tl.constexpr, SHARE: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Put the parts of a program's slices, (S, SHARE, BD + 2), together into one at `to`."""
+    h, d = tl.arange(0, H)[:, None], one_by_one(tl.arange(0, BD), known)[None, :]
+    inside = (h < SHARE) & (d < D)
+    highest = tl.full((H, BD), LEAST, tl.float32)
+    for s in tl.static_range(S):
+        its = parts + (s * SHARE + h) * (BD + 2) + 0 * d
+        highest = tl.maximum(highest, tl.load(its + BD, mask=inside, other=LEAST))
+    total = tl.zeros((H, BD), tl.float32)
+    acc = tl.zeros((H, BD), tl.float32)
+    for s in tl.static_range(S):
+        its = parts + (s * SHARE + h) * (BD + 2) + 0 * d
+        weight = tl.exp2(tl.load(its + BD, mask=inside, other=LEAST) - highest)
+        total += weight * tl.load(its + BD + 1, mask=inside, other=0.0)
+        acc += weight * tl.load(its + d, mask=inside, other=0.0)
+    to += h * (BD + 2) + 0 * d
+    tl.store(to + d, acc, mask=inside)
+    tl.store(to + BD, highest / LOG2_E, mask=inside & (d == 0))
+    tl.store(to + BD + 1, total, mask=inside & (d == 0))
 
 
 @triton.jit
@@ -189,16 +204,17 @@ def _prefetch(start, size, SPAN: tl.constexpr):
 @triton.jit
 def attention(
     queries, new_keys, new_values, cos_table, sin_table, key_codes, key_numbers, value_codes, value_numbers,
-    position, out, partial, arrived, slots, scale, offset,
+    position, out, slices, partial, arrived, slots, scale, offset,
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
     G: tl.constexpr, FMT: tl.constexpr, ROUND: tl.constexpr, ROTATE: tl.constexpr, SPLITS: tl.constexpr,
-    AT_ONCE: tl.constexpr, HARD: tl.constexpr, PDL: tl.constexpr,
+    HARD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one token over the `position + offset` that the cache holds, the token itself among them.
 
     Programs: (key-value heads, SPLITS), each of S slices of T slots at once. `queries` is (HEADS, D); with ROTATE
-    they are turned by the angles of `position`. R: a power of two of 16 or more, for HEADS / KV rows. `partial` and
-    `arrived` are merge_if_last's, BD being the next power of two of D.
+    they are turned by the angles of `position`. R: a power of two of 16 or more, for HEADS / KV rows. `slices` has
+    room for (KV, SPLITS, S, HEADS / KV, BD + 2) float32, BD being the next power of two of D; `partial` and `arrived`
+    are merge_if_last's.
 
     With `new_keys` and `new_values`, (KV, D), the token is put into the cache first, rounded to ROUND, by the program
     that attends to it. Only these and `queries` come from the kernel before this one; as in device/decode.py the past
@@ -265,20 +281,20 @@ def attention(
     piece, slice_ = b // S, b % S
     own = tl.arange(0, T)
 
-    h, q = tl.arange(0, H), tl.arange(0, P)
+    q = tl.arange(0, P)
     d = (q * PIECE)[:, None, None] + i[None, None, :]
-    asked = (h < SHARE)[None, :, None] & (i < PIECE)[None, None, :] & (q < PIECES)[:, None, None]
-    head = (kv * SHARE + h)[None, :, None]
-    query = _turned(queries, cos_table, sin_table, now, head, d, asked, scale * LOG2_E, D, ROTATE).to(KIND)
-    query_sum = _in_all_rows(tl.sum(query.to(tl.float32), axis=2)[:, :, None], P, S, H, R)
-    query = _in_all_rows(query, P, S, H, R)
-    begin = tl.broadcast_to(-OFF * query_sum, (B, R, T))
+    asked = (r >= 0)[None, :, None] & (i < PIECE)[None, None, :] & (q < PIECES)[:, None, None]
+    head = (kv * SHARE + r % SHARE)[None, :, None]
+    query = _turned(queries, cos_table, sin_table, now, head, d, asked, scale * LOG2_E, D, ROTATE)
+    query = _for_all_slices(query.to(KIND), P, S)
+    ones = tl.full((B, BYTES, T), 1.0, KIND)
+    query_sum = tl.dot(query, ones, input_precision="ieee")
+    begin = -OFF * query_sum
     if FMT == 2:
         second = _turned(queries, cos_table, sin_table, now, head, d + HALF, asked, scale * LOG2_E / UP, D, ROTATE)
-        second = second.to(KIND)
-        second_sum = _in_all_rows(tl.sum(second.to(tl.float32), axis=2)[:, :, None], P, S, H, R)
-        second = _in_all_rows(second, P, S, H, R)
-        begin_second = tl.broadcast_to(-OFF * second_sum, (B, R, T))
+        second = _for_all_slices(second.to(KIND), P, S)
+        second_sum = tl.dot(second, ones, input_precision="ieee")
+        begin_second = -OFF * second_sum
         if not TWO:
             begin += begin_second
 
@@ -383,23 +399,30 @@ def attention(
             key_size_2, value_size_2 = next_key_size_2, next_value_size_2
             key_low_2, value_low_2 = next_key_low_2, next_value_low_2
 
-    highest = tl.max(most, axis=0)
-    part = tl.exp2(most - highest[None, :])
-    whole = tl.sum(tl.sum(total, axis=2) * part, axis=0)
     BD: tl.constexpr = triton.next_power_of_2(D)
-    mine = partial + ((kv * SPLITS + split) * SHARE + r) * (BD + 2)
-    j = tl.arange(0, 4 * WORDS)
-    to = mine[None, :, None] + (q * PIECE)[:, None, None] + j[None, None, :]
-    asked = (r < SHARE)[None, :, None] & (j < PIECE)[None, None, :] & (q < PIECES)[:, None, None]
-    made = _over_slices(_in_order(a0, a1, a2, a3), part, P, S, R, 4 * WORDS) / LIFT
+    number = kv * SPLITS + split
+    own_parts = slices + number * (S * SHARE * (BD + 2))
+    mine = own_parts + (slice_[:, None] * SHARE + r[None, :]) * (BD + 2)
+    lowest = tl.zeros((B, R, 1), tl.float32)
     if FMT == 2:
-        lowest = tl.sum(_over_slices(least, part, P, S, R, T), axis=2)[:, :, None]
-        made += lowest
-        second_made = _over_slices(_in_order(h0, h1, h2, h3), part, P, S, R, 4 * WORDS) / LIFT
+        lowest = tl.sum(least, axis=2)[:, :, None]
+    _put_part(mine, a0 / LIFT + lowest, piece, 0, r, w, SHARE, PIECE, PIECES)
+    _put_part(mine, a1 / LIFT + lowest, piece, 1, r, w, SHARE, PIECE, PIECES)
+    _put_part(mine, a2 / LIFT + lowest, piece, 2, r, w, SHARE, PIECE, PIECES)
+    _put_part(mine, a3 / LIFT + lowest, piece, 3, r, w, SHARE, PIECE, PIECES)
+    if FMT == 2:
         if TWO:
-            lowest = tl.sum(_over_slices(least_2, part, P, S, R, T), axis=2)[:, :, None]
-        tl.store(to + HALF, second_made + lowest, mask=asked)
-    tl.store(to, made, mask=asked)
-    tl.store(mine + BD, highest / LOG2_E, mask=r < SHARE)
-    tl.store(mine + BD + 1, whole, mask=r < SHARE)
-    merge_if_last(partial, arrived, out + kv * SHARE * D, kv, SHARE, D, BD, SPLITS, AT_ONCE)
+            lowest = tl.sum(least_2, axis=2)[:, :, None]
+        mine += HALF
+        _put_part(mine, h0 / LIFT + lowest, piece, 0, r, w, SHARE, PIECE, PIECES)
+        _put_part(mine, h1 / LIFT + lowest, piece, 1, r, w, SHARE, PIECE, PIECES)
+        _put_part(mine, h2 / LIFT + lowest, piece, 2, r, w, SHARE, PIECE, PIECES)
+        _put_part(mine, h3 / LIFT + lowest, piece, 3, r, w, SHARE, PIECE, PIECES)
+    s = tl.arange(0, S)
+    mine = own_parts + (s[:, None] * SHARE + r[None, :]) * (BD + 2) + BD
+    asked = (r < SHARE)[None, :] & (s >= 0)[:, None]
+    tl.store(mine, most, mask=asked)
+    tl.store(mine + 1, tl.sum(total, axis=2), mask=asked)
+    tl.debug_barrier()
+    _merged_slices(own_parts, partial + number * (SHARE * (BD + 2)), now, S, SHARE, H, D, BD)
+    merge_if_last(partial, arrived, out + kv * SHARE * D, kv, SHARE, D, BD, SPLITS)

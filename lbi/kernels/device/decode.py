@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from lbi.kernels.device.gemv import row_products
-from lbi.kernels.device.splits import merge_if_last
+from lbi.kernels.device.splits import LEAST, merge_if_last
 
 
 @triton.jit
@@ -170,13 +170,13 @@ def _past(keys, values, base, t, end, D: tl.constexpr, BD: tl.constexpr, BH: tl.
 def attention(
     qkv, cos_table, sin_table, keys, values, position, out, partial, arrived, slots, scale,
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
-    BG: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
+    BG: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one token over what the cache holds of its past, and itself; it is put into the cache.
 
     Programs: (key-value heads, SPLITS). All query heads of a key-value head are one tile, so keys and
     values are read once. The splits share the live length, not the cache's; the last to arrive adds up
-    what all have left in `partial`, in their order, `AT_ONCE` of them at once. `qkv` is float32; `keys`
+    what all have left in `partial`, in their order. `qkv` is float32; `keys`
     and `values` are (KV, slots, D); `partial` is (KV, SPLITS, HEADS / KV, BD + 2) float32; `arrived`
     (KV,) int32 of zeros.
 
@@ -204,7 +204,7 @@ def attention(
     q1, q2 = _rotated(qkv, cos, sin, kv * GROUP, GROUP, HALF, BG, BH)
     q1, q2 = (q1 * scale).to(kind), (q2 * scale).to(kind)
 
-    most = tl.full((BG,), float("-inf"), tl.float32)
+    most = tl.full((BG,), LEAST, tl.float32)
     total = tl.zeros((BG,), tl.float32)
     acc = tl.zeros((BG, BD), tl.float32)
     for start in range(first, end, BT):
@@ -247,4 +247,4 @@ def attention(
         tl.store(mine[:, None] + d[None, :], acc, mask=g[:, None] < GROUP)
         tl.store(mine + BD, most, mask=g < GROUP)
         tl.store(mine + BD + 1, total, mask=g < GROUP)
-        merge_if_last(partial, arrived, to, kv, GROUP, D, BD, SPLITS, AT_ONCE)
+        merge_if_last(partial, arrived, to, kv, GROUP, D, BD, SPLITS)
