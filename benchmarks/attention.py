@@ -29,9 +29,14 @@ from lbi.kernels.decode_torch import Shape, rotate
 HEADS, KV, WIDTH = 32, 8, 128
 LAYERS = 8
 CUTS = (
-    *product((64, 128), (2, 3), (2, 3), (4,)),
-    *product((128, 256), (2, 3), (1, 2), (8,)),
+    (64, 3, 2, 4),
+    (64, 3, 3, 4),
+    (128, 2, 2, 4),
+    (128, 3, 2, 4),
+    (128, 3, 1, 8),
+    (256, 2, 1, 8),
 )
+"""Slots, stages, waves and warps, see `Cut`. For 16 bits those with three stages and four warps."""
 
 
 def main() -> None:
@@ -73,7 +78,7 @@ def cache_format(name: str) -> CacheFormat | None:
 
 def cuts(kind: CacheFormat | None) -> list[Cut]:
     """What is tried. 16 bits hold what comes next in registers and have no stages."""
-    return [Cut(*values) for values in CUTS if kind or values[1] == 3]
+    return [Cut(*values) for values in CUTS if kind or values[1::2] == (3, 4)]
 
 
 def layer(kind: CacheFormat | None, slots: int) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from lbi.config import DecodingConfig, LbiConfig
 from lbi.cuda_graphs import require_device_counters
 from lbi.decode_trace import MARK, Kernel, Step, read_steps, take
 from lbi.engines import Engine, Graphs, make, plain_engine
+from lbi.engines.cache import in_pieces
 from lbi.engines.sampling import chooser, probabilities
 from lbi.errors import InputError, Unsupported
 from lbi.kernels_seen import summary
@@ -402,6 +403,29 @@ def test_knobs_of_decoding_that_came_later_leave_older_runs_their_ids(plan: Make
     assert text() == greedy
     assert text("decoding=sampling") == sampling
     assert text("decoding=sampling", "decoding.min_p=0.1") == sampling.replace('"seed"', '"min_p":0.1,"seed"')
+
+
+def test_the_check_of_a_library_that_tunes_by_rows_has_no_others(
+    config: Callable[..., LbiConfig], tmp_path: Path
+) -> None:
+    """The prompt's number of rows and single ones, which are tuned anyway; the logits are those of the whole text."""
+    cell = config()
+    model = load(cell.model, cell.engine).model
+    text, seen = [5, 6, 7, 8, 9, 10, 11, 12], []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, named: seen.append((named.get("input_ids", args[0] if args else None)).shape[1]),
+        with_kwargs=True,
+    )
+    found = in_pieces(model, text, 3)
+    handle.remove()
+    assert seen == [3, 3, 1, 1]
+    whole = model(torch.tensor([text])).logits[0]
+    assert float((found - whole).norm() / whole.norm()) < 1e-5
+    by_gemlite = replace(cell, quantizer=replace(cell.quantizer, family="gemlite"))
+    wanted = make(cell, model, slots=40).generate([1, 2, 3], cell.workload.new_tokens, seed=0).tokens
+    check = steps.plain_path(by_gemlite, model, [1, 2, 3], Phases(tmp_path))
+    assert check is not None
+    assert check(wanted)["verdict"] == "equal"
 
 
 def test_the_loop_is_never_the_plain_path_itself(config: Callable[..., LbiConfig], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, QuantizedCache, StaticCache
+from transformers import AttentionInterface, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from lbi.config import CacheConfig
@@ -116,3 +116,14 @@ def _type_of(layer: Any) -> str:
         backend = type(layer).__name__.removesuffix("QuantizedLayer").lower()
         return f"{backend}{getattr(layer, 'nbits', '')}"
     return getattr(layer, "format_name", None) or str(layer.keys.dtype).removeprefix("torch.")
+
+
+def in_pieces(model: Any, tokens: list[int], rows: int) -> torch.Tensor:
+    """Logits (tokens, vocabulary) of a text that the model gets `rows` tokens at a time, and its rest one by one."""
+    ids, cache, found = torch.tensor([tokens], device=model.device), DynamicCache(config=model.config), []
+    whole = len(tokens) - len(tokens) % rows
+    with torch.no_grad():
+        for piece in (*ids[:, :whole].split(rows, dim=1), *ids[:, whole:].split(1, dim=1)):
+            if piece.shape[1]:
+                found.append(model(piece, past_key_values=cache, use_cache=True).logits[0])
+    return torch.cat(found)

@@ -119,6 +119,11 @@ def observe(layer: torch.nn.Module) -> Observed | None:
     )
 
 
+def takes_part(quantizer: QuantizerConfig) -> bool:
+    """Whether layers of the option are GemLite's, or may be."""
+    return quantizer.family in ("gemlite", "autoquant") or quantizer.backend == "gemlite"
+
+
 def load_tuning(file: Path) -> bool:
     """Use the tuning of earlier runs, if there is one. Raises `Unsupported` like every use of GemLite."""
     _helper()
