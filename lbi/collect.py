@@ -89,6 +89,7 @@ def _row(store: Store, cell: dict[str, Any], found: Sequence[str]) -> Row:
         "flags": [],
         "cost": {},
         "compile_cache": None,
+        "isolation": None,
         **dict.fromkeys(cost_columns()),
         **dict.fromkeys(metric_columns()),
     }
@@ -124,7 +125,8 @@ def _cost(result: Result) -> Row:
     """What the result cost; by phase where that was kept."""
     spent = result.cost.get("phases_s", {})
     by_phase = {f"spent_{phase.replace(' ', '_')}_s": spent.get(phase) for phase in PHASES}
-    return {"cost": result.cost, "compile_cache": result.cost.get("compile"), "cell_s": result.seconds, **by_phase}
+    told = {"compile_cache": result.cost.get("compile"), "isolation": result.cost.get("isolation")}
+    return {"cost": result.cost, **told, "cell_s": result.seconds, **by_phase}
 
 
 def write_tables(folder: Path, table: Sequence[Row]) -> None:

@@ -25,6 +25,10 @@ LOWERED = "the GPU lowered its clocks"
 """Begins why a sample is void that a hot GPU, or its board's brake, has slowed down."""
 
 
+LEFT_SHARE = 0.01
+"""A peak is not told where earlier runs of the process have left more than this share of it."""
+
+
 def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> list[int]:
     """Take the samples; the tokens of the first valid one.
 
@@ -68,11 +72,28 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
     _note_target(config.measure, valid, record)
     record.metrics["void_samples"] = float(len(voids))
     record.cost["samples"] = len(valid) + len(voids)
-    record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
+    _note_memory(peak, record)
     record.effective |= others.report() | clocks.report()
     _note_compile(config, valid, record)
     _note_surroundings(config, joules, len(tokens) * config.workload.batch, record)
     return tokens
+
+
+def _note_memory(peak: PeakMemory, record: Record) -> None:
+    """The peak, unless much of it may be what the process has kept of other runs."""
+    record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
+    isolation = record.effective.get("isolation", {})
+    if not isolation.get("after") or peak.bytes is None:
+        return
+    isolation["peak_with_left_bytes"] = peak.bytes
+    left, why = isolation.get("left_bytes"), ""
+    if not peak.reset:
+        why = "the kernel refuses to reset the peak that they reached"
+    elif left is None or left > LEFT_SHARE * peak.bytes:
+        why = f"more than {LEFT_SHARE:.0%} of the peak is what they left, or may be (isolation in effective.json)"
+    if why:
+        record.metrics["peak_memory_bytes"] = None
+        record.missing["peak_memory_bytes"] = f"the process has done other runs, and {why}"
 
 
 def _most(measure: MeasureConfig) -> int:
