@@ -174,15 +174,22 @@ def _parts(kind: Mapping[str, Any], cost: Mapping[str, Any], phases: Mapping[str
     if "warm up" in phases:
         parts["warm up"] = phases["warm up"] / kind["warmup"] / tokens
     if cost.get("shared_from"):
-        # It used the process and the model of another run: it says nothing about what these take.
+        # It used the process, with its compiler, and the model of another run: it says nothing about what these take.
         parts = {part: amount for part, amount in parts.items() if part not in PAID_BY_THE_FIRST}
-    elif not kind["fork"] or not cost.get("forked") or cost.get("new_server"):
+        return parts | _passes(cost, phases)
+    if not kind["fork"] or not cost.get("forked") or cost.get("new_server"):
         parts["start"] = phases.get("start", 0.0)
     if "compile" in phases:
         state = cost.get("compile")
         # Of layers compiled one by one the first run is mixed, and costs what a cold one does.
         part = "compile" if state is None else "compile warm" if state == "warm" else "compile cold"
         parts[part] = phases["compile"]
+    return parts | _passes(cost, phases)
+
+
+def _passes(cost: Mapping[str, Any], phases: Mapping[str, float]) -> dict[str, float]:
+    """What a finished run says about the passes over the quality's text."""
+    parts = {}
     if "quality" in phases:
         parts["quality" if cost.get("quality") == OWN else "quality shared"] = phases["quality"]
     if cost.get("reference") == "computed":

@@ -103,7 +103,8 @@ def _close_graphs(graphs: KeptGraphs | None, record: Record, phases: Phases) -> 
     with phases("keep graphs"):
         start, phase_s = record.cost.get("compile"), phases.seconds.get("compile", 0.0)
         known = graphs.cold() if start == "warm" else {}
-        graphs.close(start, phase_s, record.metrics.get("compile_s"))
+        compile_s = record.metrics.get("compile_s") or record.effective.get("isolation", {}).get("compile_s")
+        graphs.close(start, phase_s, compile_s)
     record.cost |= {"compile_cold_s": known["phase_s"]} if "phase_s" in known else {}
     record.effective["graph"] = {
         "key": graphs.key,
