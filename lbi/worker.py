@@ -26,7 +26,7 @@ from lbi.claims import claimed
 from lbi.config import LbiConfig
 from lbi.endings import goes_on, last_line, spoilt_by, verdict
 from lbi.errors import InputError
-from lbi.files import BadFile, read_json, write_json
+from lbi.files import write_json
 from lbi.places import compile_cache
 from lbi.race import rivals
 from lbi.share_key import PROCESS
@@ -348,35 +348,6 @@ class _Bench:
         return f"the unquantized model could not be run: {ended.describe()} ({last})"
 
 
-@dataclass(frozen=True, slots=True)
-class UnitFile:
-    """A unit as a job finds it: its tasks, the store, when it was planned, and what it was planned for."""
-
-    tasks: list[Task]
-    store: Path
-    since: float
-    sweep: str
-    packages: dict[str, str]
-    git: dict[str, Any] | None
-
-
-def load_unit(file: Path) -> UnitFile:
-    """Read a unit file. Raises `InputError` for a file that is none."""
-    from lbi.typed import build
-
-    try:
-        unit = read_json(file, SCHEMA)
-    except BadFile as bad:
-        raise InputError("unit", str(file), bad.reason) from bad
-    if unit is None:
-        raise InputError("unit", str(file), "there is no such file")
-    tasks = [
-        Task(row["cell"], row["name"], row["run_id"], row["env_id"], build(LbiConfig, row["config"]))
-        for row in unit["tasks"]
-    ]
-    return UnitFile(tasks, Path(unit["store"]), float(unit["since"]), unit["sweep"], unit["packages"], unit["git"])
-
-
 def log_line(event: Event) -> None:
     """A line of output per change."""
     ending = f"{event.result.status} {event.result.reason}" if event.result else event.text
@@ -385,6 +356,8 @@ def log_line(event: Event) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Execute the unit in a file, a line of output per change."""
+    from lbi.unit_file import load_unit
+
     try:
         unit = load_unit(Path(arguments[0]))
         store = Store.open(unit.store, write=True)

@@ -37,7 +37,8 @@ from lbi.store import SCHEMA, AlreadyRunning, Store, job_name, node_name
 from lbi.sweep_folder import note_environment, read_plan
 from lbi.task_queue import TaskQueue
 from lbi.typed import build
-from lbi.worker import Event, Task, UnitFile, Work, log_line, run_slot
+from lbi.unit_file import UnitFile
+from lbi.worker import Event, Task, Work, log_line, run_slot
 
 COUNTED_BY = ("SLURM_ARRAY_TASK_ID", "SKYPILOT_JOB_RANK", "JOB_COMPLETION_INDEX")
 """Variables in which SLURM, SkyPilot and Kubernetes tell a job its number."""
