@@ -143,19 +143,22 @@ class Ready:
 def _run(
     config: LbiConfig, request: dict[str, Any], record: Record, phases: Phases, shared: Shared | None = None
 ) -> None:
-    from lbi import measuring, steps
+    from lbi import measuring, race, steps
     from lbi.look_inside import look_inside
 
     ready = make_ready(config, request, record, phases, checked=True, shared=shared)
     engine, model, prompt, layers = ready.engine, ready.loaded.model, ready.prompt, ready.layers
     steps.warm_up(config, engine, prompt, record, phases)
     steps.keep_tuning(layers, ready.tuning)
-    tokens = measuring.measure(config, engine, prompt, record, phases)
+    racing = race.enter(config, request, engine, prompt, record, phases)
+    tokens = measuring.measure(config, engine, prompt, record, phases, racing)
     if ready.check is not None:
         record.effective["lossless"] = ready.check(tokens)
     record.text = {"prompt_tokens": len(prompt), "tokens": tokens, "text": ready.loaded.decode(tokens)}
     steps.place_on_roofline(config, request, model, layers, ready.drafting, len(prompt), record, phases)
-    steps.score(config, request, engine, tokens, record, phases)
+    steps.compare_text(config, request, tokens, record)
+    if "mean_kld" not in record.metrics | record.missing:
+        steps.score_quality(config, request, engine, record, phases)
     look_inside(config, engine, model, prompt, layers, record, phases)
     steps.trace(config, engine, prompt, record, phases)
 

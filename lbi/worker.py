@@ -28,6 +28,7 @@ from lbi.endings import goes_on, last_line, spoilt_by, verdict
 from lbi.errors import InputError
 from lbi.files import write_json
 from lbi.places import compile_cache
+from lbi.race import rivals
 from lbi.share_key import PROCESS
 from lbi.sharing import OWN_WORD, Isolation, Sharing
 from lbi.slots import Slot, device_name
@@ -67,7 +68,7 @@ Report = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the slots of one driver have in common.
+    """What the slots of one driver have in common: tasks of `sweep`, where its name is known.
 
     Results published after `since` (seconds since the epoch, when the plan was made) count as done.
     `recorded` goes into env.json in place of what the slot itself would say.
@@ -80,6 +81,7 @@ class Work:
     since: float
     turns: Turns = field(default_factory=Turns)
     recorded: Mapping[str, Any] = field(default_factory=dict)
+    sweep: str = ""
 
 
 def run_unit(
@@ -177,19 +179,20 @@ class _Bench:
         request["reference_problem"] = self._reference_problem(task, references, attempt)
         isolation = self.sharing.of(task)
         request["isolation"] = isolation.record()
+        request["rivals"] = rivals(self.store, self.work.sweep, task.config, task.run_id, task.env_id)
         write_json(attempt.folder / "config.json", {"schema": SCHEMA, **request})
         self.report("start", task)
-        status, reason = self._measure(task, attempt, isolation)
-        self._trace(task, attempt, status)
+        ending = self._measure(task, attempt, isolation)
+        self._trace(task, attempt, ending[0])
         # What this run alone was compared with; the logits of a text are hundreds of megabytes.
         shutil.rmtree(attempt.folder / "references", ignore_errors=True)
-        seconds = time.perf_counter() - started
-        self._publish(task, attempt, isolation, status, reason, seconds)
+        self._publish(task, attempt, isolation, ending, time.perf_counter() - started)
 
     def _publish(
-        self, task: Task, attempt: Attempt, isolation: Isolation, status: str, reason: str, seconds: float
+        self, task: Task, attempt: Attempt, isolation: Isolation, how: tuple[str, str], seconds: float
     ) -> None:
         """Publish how a run ended, unless it must be measured again first because other runs may be the cause."""
+        status, reason = how
         cost = self.account.cost(task, attempt.folder, seconds, f"{node_name()} {self.slot.number}")
         if isolation.after and status in OWN_WORD:
             why = f"{status} after other runs of its process ({reason}); measured again in one of its own"

@@ -160,7 +160,9 @@ def _run(parcel: Parcelled, tasks: list[Task], store: Store, home: Home, stop: S
 
     recorded = {"git": parcel.unit.git, "host": node_name()}
     for batch in batches([Unit(parcel.name, tuple(tasks))]):
-        work = Work(TaskQueue(batch), store, report, stop, parcel.unit.since, recorded=recorded)
+        work = Work(
+            TaskQueue(batch), store, report, stop, parcel.unit.since, recorded=recorded, sweep=parcel.unit.sweep
+        )
         if stop.wanted:
             return
         if batch[0].config.engine.device == "cuda":

@@ -143,7 +143,7 @@ def run(unit_file: str) -> int:
 
     # A snapshot of the code is no checkout: what was submitted says which commit it is.
     recorded = {"git": unit.git, "host": node_name()}
-    run_slot(Work(TaskQueue(tasks), store, report, stop, unit.since, recorded=recorded), Slot())
+    run_slot(Work(TaskQueue(tasks), store, report, stop, unit.since, recorded=recorded, sweep=unit.sweep), Slot())
     # A job that was only terminated is cancelled, or SLURM itself starts it again.
     if stop.told:
         _start_again(unit, restart)
