@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import isolation_ab
 from isolation_ab import Found, judge
 
-GRID = ("engine=loop", "quantizer=int8_wo", "cache=static,static_int8,sliding", "decoding=greedy,sampling")
+GRID = ("engine=loop", "quantizer=int8_wo", "cache=sliding,static_int8,static", "decoding=greedy,sampling")
 
 BRIEF = ("measure=quick", "tracker=none", "workload.new_tokens=16", "resources.shared_quality=false")
 
