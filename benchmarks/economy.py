@@ -56,6 +56,7 @@ class Mechanism:
 
 MECHANISMS = (
     Mechanism("forked imports", ("resources.fork=true",), ("resources.fork=false",)),
+    Mechanism("shared loads", ("resources.isolation=shared_load",), ("resources.isolation=process",)),
     Mechanism("kept graphs", ("resources.compile_cache=store",), ("resources.compile_cache=off",)),
     Mechanism("shared quality", ("resources.shared_quality=true",), ("resources.shared_quality=false",)),
     Mechanism("kept weights", ("store.quantized_gb=20", "store.quantized_s=0"), ("store.quantized_gb=0",)),

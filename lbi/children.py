@@ -81,9 +81,16 @@ class Starter:
             self.server.close()
 
     def start(
-        self, module: str, folder: Path, log: Path, config: LbiConfig, caches: Path, own: Mapping[str, str] = NOTHING
+        self,
+        module: str,
+        folder: Path,
+        log: Path,
+        config: LbiConfig,
+        caches: Path,
+        own: Mapping[str, str] = NOTHING,
+        stdin: Path | str = os.devnull,
     ) -> Started:
-        """A process that runs `module` on `folder`, in a session of its own.
+        """A process that runs `module` on `folder`, in a session of its own, with its input from `stdin`.
 
         `own` is what its environment has beside the others'; torch reads some of it when it is imported.
         """
@@ -92,14 +99,14 @@ class Starter:
         if config.resources.fork and not own:
             before, server = self.server, self._server(variables)
             if server.refusal is None:
-                forked, new = server.start(module, str(folder), log), server is not before
+                forked, new = server.start(module, str(folder), log, stdin), server is not before
                 return Started(forked, "forked from a server with torch imported", server.import_s, new)
             why_not = server.refusal
-        with log.open("a") as output:
+        with log.open("a") as output, open(stdin) as given:
             # Its own session: Ctrl-C reaches the worker alone, which then decides.
             process = subprocess.Popen(
                 [sys.executable, "-m", module, str(folder)],
-                stdin=subprocess.DEVNULL,
+                stdin=given,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=variables,
@@ -146,6 +153,10 @@ class Ended:
         return f"exit code {self.returncode}"
 
 
+LIVES_ON = Ended(0, timed_out=False, stopped=False, oom_killed=False)
+"""How a child counts that has done its run and waits for another."""
+
+
 class Child:
     """One child process in a session of its own, its output in the attempt's log.
 
@@ -164,11 +175,11 @@ class Child:
         self.heartbeats = (attempt / "heartbeat", *heartbeats)
         self.ooms = _oom_kills()
 
-    def wait(self, on_phase: Callable[[str], None]) -> Ended:
-        """Watch until it ends, is stopped, or runs out of time."""
+    def wait(self, on_phase: Callable[[str], None], done: Callable[[], bool] = lambda: False) -> Ended | None:
+        """Watch until it ends, is stopped, or runs out of time; None once `done` says so of a child that lives on."""
         deadline = time.monotonic() + self.resources.run_timeout_s
         kill_at, beat_at, phase = float("inf"), 0.0, ""
-        timed_out = stopped = False
+        timed_out = stopped = lives_on = False
         try:
             while self.process.poll() is None:
                 now = time.monotonic()
@@ -188,10 +199,13 @@ class Child:
                 if current != phase:
                     phase = current
                     on_phase(phase)
+                if done():
+                    lives_on = True
+                    return None
                 time.sleep(POLL_S)
         finally:
-            self._signal(signal.SIGKILL)
-            self.process.wait()
+            if not lives_on:
+                end_session(self.process)
         if self.process.returncode in TOLD and not timed_out:
             # SLURM signals every process of a job: the child may have heard it a moment before the worker.
             time.sleep(2 * POLL_S)
@@ -199,11 +213,21 @@ class Child:
         return Ended(self.process.returncode or 0, timed_out, stopped, _oom_kills() > self.ooms)
 
     def _signal(self, number: int) -> None:
-        """To the whole session: a compiler's helpers must not outlive the run."""
-        try:
-            os.killpg(self.process.pid, number)
-        except (ProcessLookupError, PermissionError):
-            return
+        _signal_session(self.process, number)
+
+
+def end_session(process: subprocess.Popen[bytes] | Forked) -> None:
+    """Kill a child and whatever it has started."""
+    _signal_session(process, signal.SIGKILL)
+    process.wait()
+
+
+def _signal_session(process: subprocess.Popen[bytes] | Forked, number: int) -> None:
+    """To the whole session: a compiler's helpers must not outlive the run."""
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        return
 
 
 def phase_of(folder: Path) -> str:

@@ -38,6 +38,10 @@ NO_FUSION = "weight-only without fusion"
 """The flag of a cell whose decode step writes out whole weights before it multiplies by them."""
 
 
+RACED_OUT = "raced out after"
+"""Begins the flag of a cell that was not repeated as often as asked, for another one beats it on every axis."""
+
+
 def metric_columns() -> list[str]:
     """Every numeric column of a row, in order."""
     columns = []
@@ -89,6 +93,8 @@ def _row(store: Store, cell: dict[str, Any], found: Sequence[str]) -> Row:
         "flags": [],
         "cost": {},
         "compile_cache": None,
+        "isolation": None,
+        "raced_out_by": None,
         **dict.fromkeys(cost_columns()),
         **dict.fromkeys(metric_columns()),
     }
@@ -117,6 +123,7 @@ def _row(store: Store, cell: dict[str, Any], found: Sequence[str]) -> Row:
         row |= {name: known.get(name) for name in metric_columns()}
         row["missing"] = measured.get("missing", {})
         row["flags"] = [NO_FUSION] if row["unpacked_bytes_per_token"] else []
+        row["flags"] += [f"{RACED_OUT} {result.cost.get('repetitions')} samples"] if row["raced_out_by"] else []
     return row
 
 
@@ -124,7 +131,9 @@ def _cost(result: Result) -> Row:
     """What the result cost; by phase where that was kept."""
     spent = result.cost.get("phases_s", {})
     by_phase = {f"spent_{phase.replace(' ', '_')}_s": spent.get(phase) for phase in PHASES}
-    return {"cost": result.cost, "compile_cache": result.cost.get("compile"), "cell_s": result.seconds, **by_phase}
+    told = {"compile_cache": result.cost.get("compile")}
+    told |= {name: result.cost.get(name) for name in ("isolation", "raced_out_by")}
+    return {"cost": result.cost, **told, "cell_s": result.seconds, **by_phase}
 
 
 def write_tables(folder: Path, table: Sequence[Row]) -> None:

@@ -272,6 +272,10 @@ class MeasureConfig:
     max_repetitions: int | None = knob(
         "ci_target: the most samples; null: ten times `repetitions`", default=None, low=2
     )
+    race: bool = knob(
+        "stop after three samples if results of the sweep beat the cell beyond noise in speed, KLD and memory alike",
+        default=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any
 from lbi.config import LbiConfig
 from lbi.graph_key import graph_key
 from lbi.identity import canonical, canonical_cache, canonical_decoding, canonical_quantizer, digest
+from lbi.share_key import share_key
 from lbi.typed import plain
 
 
@@ -41,6 +42,7 @@ class Kinds:
             else None,
             "own_pass": own_pass(config),
             "fork": config.resources.fork,
+            "shares": share_key(config),
             "repetitions": measure.repetitions,
             "warmup": measure.warmup,
             "tokens": config.workload.new_tokens,

@@ -61,6 +61,9 @@ BY: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """For each part what runs must have in common to be compared, the most alike first."""
 
+PAID_BY_THE_FIRST = ("import", "load", "quantize")
+"""Parts that only the first of the runs pays for which share a process."""
+
 QUALITY_OF = ("model", "quantizer", "quality", "own_pass")
 REFERENCE_OF = ("model", "quality", "workload")
 
@@ -135,7 +138,9 @@ class CostModel:
         """The parts that the run pays for, and how many times what is learnt of each."""
         times = {"import": 1.0, "load": 1.0, "quantize": 1.0, "trace": 1.0, "other": 1.0, "check": 1.0}
         times["measure"] = float(kind["repetitions"] * kind["tokens"])
-        if paid.first(env_id, "server") or not kind["fork"]:
+        if kind.get("shares") and not paid.first(env_id, "model", kind["shares"]):
+            times = {part: count for part, count in times.items() if part not in PAID_BY_THE_FIRST}
+        elif paid.first(env_id, "server") or not kind["fork"]:
             times["start"] = 1.0
         if kind["backend"] == "eager":
             times["warm up"] = float(kind["warmup"] * kind["tokens"])
@@ -168,6 +173,10 @@ def _parts(kind: Mapping[str, Any], cost: Mapping[str, Any], phases: Mapping[str
     parts["measure"] = phases.get("measure", 0.0) / (cost.get("samples") or kind["repetitions"]) / tokens
     if "warm up" in phases:
         parts["warm up"] = phases["warm up"] / kind["warmup"] / tokens
+    if cost.get("shared_from"):
+        # It used the process, with its compiler, and the model of another run: it says nothing about what these take.
+        parts = {part: amount for part, amount in parts.items() if part not in PAID_BY_THE_FIRST}
+        return parts | _passes(cost, phases)
     if not kind["fork"] or not cost.get("forked") or cost.get("new_server"):
         parts["start"] = phases.get("start", 0.0)
     if "compile" in phases:
@@ -175,6 +184,12 @@ def _parts(kind: Mapping[str, Any], cost: Mapping[str, Any], phases: Mapping[str
         # Of layers compiled one by one the first run is mixed, and costs what a cold one does.
         part = "compile" if state is None else "compile warm" if state == "warm" else "compile cold"
         parts[part] = phases["compile"]
+    return parts | _passes(cost, phases)
+
+
+def _passes(cost: Mapping[str, Any], phases: Mapping[str, float]) -> dict[str, float]:
+    """What a finished run says about the passes over the quality's text."""
+    parts = {}
     if "quality" in phases:
         parts["quality" if cost.get("quality") == OWN else "quality shared"] = phases["quality"]
     if cost.get("reference") == "computed":

@@ -64,9 +64,9 @@ class ForkServer:
         alive = self.refusal is not None or self.process.poll() is None
         return alive and {**variables, **OWN_VARIABLES} == self.variables
 
-    def start(self, module: str, argument: str, log: Path) -> Forked:
-        """Fork a child that runs `module.main(Path(argument))` with its output in `log`."""
-        self._send({"module": module, "argument": argument, "log": str(log)})
+    def start(self, module: str, argument: str, log: Path, stdin: Path | str = os.devnull) -> Forked:
+        """Fork a child that runs `module.main(Path(argument))` with its output in `log` and its input from `stdin`."""
+        self._send({"module": module, "argument": argument, "log": str(log), "stdin": str(stdin)})
         return Forked(self, int(self._read()["pid"]))
 
     def poll(self, pid: int) -> int | None:
@@ -257,7 +257,7 @@ def _fork(request: dict[str, str], channel: Any) -> int:
         os.environ["LBI_PARENT"] = str(server)
         die_with_parent()
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(request["stdin"], os.O_RDONLY), 0)
         os.dup2(log, 1)
         os.dup2(log, 2)
         channel.close()

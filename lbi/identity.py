@@ -36,7 +36,8 @@ VERSION = 1
 FIRST_DECODING_KNOBS = frozenset({"name", "kind", "temperature", "top_k", "top_p", "seed"})
 """Knobs that have always been part of a run's identity, used or not."""
 
-LATER_MEASURE = frozenset({"ci_target", "max_repetitions"})
+LATER_MEASURE: Mapping[str, Any] = {"ci_target": None, "max_repetitions": None, "race": False}
+"""Knobs that the first runs did not have, and what they are where they are not used."""
 
 DISPLAY_ONLY = frozenset({"name", "note"})
 
@@ -104,7 +105,8 @@ def canonical_workload(workload: WorkloadConfig) -> str:
 def canonical_measure(measure: MeasureConfig) -> str:
     """The measure section without knobs that are not set and that the first runs did not have."""
     known = plain(measure)
-    return canonical({name: value for name, value in known.items() if name not in LATER_MEASURE or value is not None})
+    kept = {name: value for name, value in known.items() if name not in LATER_MEASURE or value != LATER_MEASURE[name]}
+    return canonical(kept)
 
 
 def canonical_cache(cache: CacheConfig) -> str:

@@ -15,6 +15,7 @@ from lbi.gpu_clocks import ClockWatch
 from lbi.gpu_processes import ForeignWatch, named
 from lbi.metrics import Speculation, Timing, median_interval, summarize, summarize_speculation, summarize_structure
 from lbi.process import CpuWatch, PeakMemory, Phases
+from lbi.race import Race, Rival
 from lbi.record import Record
 
 RECOMPILED = "recompiled"
@@ -25,13 +26,19 @@ LOWERED = "the GPU lowered its clocks"
 """Begins why a sample is void that a hot GPU, or its board's brake, has slowed down."""
 
 
-def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> list[int]:
-    """Take the samples; the tokens of the first valid one.
+LEFT_SHARE = 0.01
+"""A peak is not told where what the process did before has left more than this share of it."""
+
+
+def measure(
+    config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases, race: Race | None = None
+) -> list[int]:
+    """Take the samples, fewer if the cell loses its race; the tokens of the first valid one.
 
     Raises `NotApplied` or `Disturbed` if too many are void.
     """
     wanted, valid, voids, joules = config.measure.repetitions, [], [], []
-    most = _most(config.measure)
+    most, winner = _most(config.measure), None
     speculations: list[Speculation] = []
     tokens: list[int] = []
     others, clocks = ForeignWatch(config.engine.device), ClockWatch(config.engine.device)
@@ -58,21 +65,57 @@ def measure(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
             valid.append(generation.timing)
             joules.append(meter.joules)
             speculations += [generation.speculation] if generation.speculation else []
+            winner = _winner(race, valid)
+            if winner is not None:
+                break
             if len(valid) >= wanted and (len(valid) == most or _is_narrow(valid, config.measure.ci_target)):
                 break
-    if len(valid) < wanted:
+    if len(valid) < wanted and winner is None:
         raise _too_few(voids, len(valid), config.measure.void_budget)
     record.metrics |= summarize(valid) | summarize_speculation(speculations)
     if config.decoding.grammar is not None:
         record.metrics |= summarize_structure(speculations)
     _note_target(config.measure, valid, record)
+    _note_race(race, winner, len(valid), record)
     record.metrics["void_samples"] = float(len(voids))
     record.cost["samples"] = len(valid) + len(voids)
-    record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
+    _note_memory(peak, record)
     record.effective |= others.report() | clocks.report()
     _note_compile(config, valid, record)
     _note_surroundings(config, joules, len(tokens) * config.workload.batch, record)
     return tokens
+
+
+def _winner(race: Race | None, valid: list[Timing]) -> Rival | None:
+    """The rival that beats the cell for good, by the samples so far."""
+    return race.lost_to([timing.speeds()["decode_tok_s"] for timing in valid]) if race is not None else None
+
+
+def _note_race(race: Race | None, winner: Rival | None, repetitions: int, record: Record) -> None:
+    """Say that the cell was given up, after how many samples, and which result was better on every axis."""
+    if race is None:
+        return
+    record.effective["race"] |= {"repetitions": repetitions, "raced_out_by": winner.run_id if winner else None}
+    if winner is not None:
+        record.cost |= {"raced_out_by": winner.run_id, "repetitions": repetitions}
+
+
+def _note_memory(peak: PeakMemory, record: Record) -> None:
+    """The peak, unless much of it may be what the process has kept of other runs."""
+    record.metrics["peak_memory_bytes"] = None if peak.bytes is None else float(peak.bytes)
+    isolation, race = record.effective.get("isolation", {}), record.effective.get("race", {})
+    before = {"other runs": isolation} if isolation.get("after") else {}
+    before |= {"a pass over the quality's text": race} if "left_bytes" in race else {}
+    for what, about in before.items():
+        about["peak_with_left_bytes"] = peak.bytes
+        left, why = about.get("left_bytes"), ""
+        if not peak.reset:
+            why = "the kernel refuses to reset the peak before"
+        elif left is None or peak.bytes is None or left > LEFT_SHARE * peak.bytes:
+            why = f"more than {LEFT_SHARE:.0%} of the peak was left by it, or may be (left_bytes in effective.json)"
+        if why:
+            record.metrics["peak_memory_bytes"] = None
+            record.missing["peak_memory_bytes"] = f"the process has done {what}, and {why}"
 
 
 def _most(measure: MeasureConfig) -> int:
@@ -122,7 +165,12 @@ def _note_compile(config: LbiConfig, valid: list[Timing], record: Record) -> Non
         record.missing["compile_s"] = "nothing is compiled"
         return
     usual = median(timing.end - timing.start for timing in valid)
-    record.metrics["compile_s"] = max(0.0, record.first_call_s - usual)
+    record.metrics["compile_s"] = compile_s = max(0.0, record.first_call_s - usual)
+    isolation = record.effective.get("isolation", {})
+    if isolation.get("after"):
+        isolation["compile_s"] = compile_s
+        record.metrics["compile_s"] = None
+        record.missing["compile_s"] = "the process has done other runs, and its compiler need not start anew"
 
 
 def _note_surroundings(config: LbiConfig, joules: list[float | None], new_tokens: int, record: Record) -> None:

@@ -124,21 +124,27 @@ class CpuWatch:
 
 
 class PeakMemory:
-    """Peak memory while it was open: of the CUDA allocator, or this process's resident set."""
+    """Peak memory while it was open: of the CUDA allocator, or this process's resident set.
+
+    `reset` is whether the peak could be forgotten that was reached before.
+    """
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.bytes: int | None = None
+        self.reset = False
 
     def __enter__(self) -> PeakMemory:
         if self.device == "cuda":
             import torch
 
             torch.cuda.reset_peak_memory_stats()
+            self.reset = True
         else:
             with contextlib.suppress(OSError):
                 # 5 resets the high water mark (man 5 proc).
                 Path("/proc/self/clear_refs").write_text("5")
+                self.reset = True
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -23,6 +23,11 @@ class ResourcesConfig:
     run_timeout_s: float = knob("a run that takes longer is stopped as `timeout`, in seconds", above=0.0)
     stop_grace_s: float = knob("time a child gets to end by itself when stopped, in seconds", low=0.0)
     fork: bool = knob("fork runs from a process that has imported torch already; false starts each anew")
+    isolation: Literal["process", "shared_load"] = knob(
+        "process: a process for each run; shared_load: one for runs that differ in decoding, cache or workload alone, "
+        "which keeps the loaded and quantized model",
+        default="process",
+    )
     compile_cache: Literal["store", "node", "off"] = knob(
         "compiled graphs of earlier runs: the store's and this node's, this node's alone, or none, each compiled anew",
         default="store",

@@ -16,7 +16,7 @@ from lbi import environment, tracing
 from lbi.config import LbiConfig
 from lbi.cost_model import CostModel
 from lbi.files import write_json
-from lbi.graph_key import graph_key
+from lbi.share_key import together
 from lbi.store import SCHEMA, Store
 from lbi.typed import plain
 from lbi.worker import Task
@@ -72,15 +72,15 @@ def _groups(tasks: Sequence[Task]) -> list[list[Task]]:
 
 
 def _with_their_graphs(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks in their order, but each directly after those before it that share its graph."""
+    """The tasks in their order, but each directly after those before it that share its graph, or its loaded model."""
     return [task for graph in _by_graph(tasks) for task in graph]
 
 
 def _by_graph(tasks: Sequence[Task]) -> list[list[Task]]:
-    """Tasks that share a compiled graph, together; one that compiles nothing is alone."""
+    """Tasks that share a compiled graph, or a loaded model, together; one that shares neither is alone."""
     graphs: dict[str | int, list[Task]] = {}
     for number, task in enumerate(tasks):
-        graphs.setdefault(graph_key(task.config) or number, []).append(task)
+        graphs.setdefault(together(task.config) or number, []).append(task)
     return list(graphs.values())
 
 

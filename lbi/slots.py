@@ -100,6 +100,13 @@ def _in_use(uuid: str, lock: GpuLock, foreign: str) -> str:
     return f"{uuid} is used by {gpu_processes.named(others)}" if others else ""
 
 
+def device_name(config: LbiConfig, described: dict[str, Any]) -> str:
+    """What the run of a cell computes on, in a slot that is `described` so."""
+    if config.engine.device == "cuda" and described["gpus"]:
+        return str(described["gpus"][0]["name"])
+    return str(described["cpu"])
+
+
 def slots_for(config: LbiConfig) -> list[Slot]:
     """Every slot for runs with this config's device and resources.
 

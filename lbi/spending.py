@@ -93,6 +93,17 @@ def _savings(told: Sequence[Row], earlier: Sequence[Row]) -> Iterable[Saving]:
         (_number(row["cost"], "server_import_s") for row in told if _forked_for_nothing(row["cost"])),
     )
     yield _saving(
+        "loads and quantizations shared",
+        "phases `load` and `quantize` of the process's first run, less those of the run that used its model",
+        (
+            _less(
+                _number(row["cost"], "shared_load_s"), (row["spent_load_s"] or 0.0) + (row["spent_quantize_s"] or 0.0)
+            )
+            for row in told
+            if row["cost"].get("shared_from")
+        ),
+    )
+    yield _saving(
         "quality passes shared",
         "seconds of the shared pass, less what reading it took",
         (

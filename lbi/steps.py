@@ -366,7 +366,13 @@ def place_on_roofline(
 def score(
     config: LbiConfig, request: dict[str, Any], engine: Engine, tokens: list[int], record: Record, phases: Phases
 ) -> None:
-    """Quality against the stored reference of the unquantized model."""
+    """Text and quality against the stored reference of the unquantized model."""
+    compare_text(config, request, tokens, record)
+    score_quality(config, request, engine, record, phases)
+
+
+def compare_text(config: LbiConfig, request: dict[str, Any], tokens: list[int], record: Record) -> None:
+    """Where the greedy text leaves that of the unquantized model."""
     folders = {name: Path(folder) for name, folder in request["references"].items()}
     no_reference = request["reference_problem"] or "there is no reference"
     greedy = read_json(folders["greedy"] / "greedy.json", SCHEMA)
@@ -378,6 +384,12 @@ def score(
         record.missing["first_divergence"] = no_reference
     else:
         record.metrics["first_divergence"] = float(quality.first_divergence(tokens, greedy["tokens"]))
+
+
+def score_quality(config: LbiConfig, request: dict[str, Any], engine: Engine, record: Record, phases: Phases) -> None:
+    """The teacher-forced pass, or one that would be the same, against the unquantized model's logits."""
+    folders = {name: Path(folder) for name, folder in request["references"].items()}
+    no_reference = request["reference_problem"] or "there is no reference"
     if not config.quality.enabled:
         record.missing["mean_kld"] = "quality=off"
     elif not folders["logits"].exists():

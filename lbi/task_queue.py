@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from lbi.graph_key import graph_key
+from lbi.share_key import together
 
 if TYPE_CHECKING:
     from lbi.worker import Task
@@ -20,7 +20,8 @@ AGAIN_S = 1.0
 class TaskQueue:
     """Gives out tasks in order, each to one slot. What another process has comes back after all others.
 
-    A task whose graph another slot has in hand waits while there are others: it would compile it a second time.
+    A task whose graph, or whose loaded model, another slot has in hand waits while there are others: it would
+    compile, or load, a second time.
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
@@ -45,6 +46,12 @@ class TaskQueue:
                 return self._busy.popleft()[1]
         return None
 
+    def take_like(self, wanted: Callable[[Task], bool]) -> Task | None:
+        """The next task that nobody has taken and that is as `wanted`, to be measured now; None if there is none."""
+        with self._lock:
+            number = next((number for number, task in enumerate(self._fresh) if wanted(task)), None)
+            return None if number is None else self._hand_out(number)
+
     def put_back(self, task: Task) -> None:
         """Another process is measuring this run: look again later whether it has."""
         with self._lock:
@@ -57,11 +64,13 @@ class TaskQueue:
 
     def _take_fresh(self) -> Task:
         in_hand = set(self._in_hand.values())
-        free = (number for number, task in enumerate(self._fresh) if graph_key(task.config) not in in_hand)
-        number = next(free, 0)
+        free = (number for number, task in enumerate(self._fresh) if together(task.config) not in in_hand)
+        return self._hand_out(next(free, 0))
+
+    def _hand_out(self, number: int) -> Task:
         task = self._fresh[number]
         del self._fresh[number]
-        graph = graph_key(task.config)
-        if graph is not None:
-            self._in_hand[task.run_id] = graph
+        key = together(task.config)
+        if key is not None:
+            self._in_hand[task.run_id] = key
         return task

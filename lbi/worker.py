@@ -1,4 +1,4 @@
-"""Executes a unit: one child process per run, one after another.
+"""Executes a unit: one child process per run, one after another; or one for runs of one model, see sharing.py.
 
     python -m lbi.worker UNIT.json
 
@@ -15,18 +15,23 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lbi import reference, tracing
 from lbi.account import Account
-from lbi.children import NOTHING, POLL_S, Child, Ended, Starter, Stop, phase_of
+from lbi.children import LIVES_ON, NOTHING, POLL_S, Child, Ended, Started, Starter, Stop
 from lbi.claims import claimed
 from lbi.config import LbiConfig
+from lbi.endings import goes_on, last_line, spoilt_by, verdict
 from lbi.errors import InputError
-from lbi.files import BadFile, read_json, write_json
+from lbi.files import write_json
 from lbi.places import compile_cache
-from lbi.slots import Slot
+from lbi.race import rivals
+from lbi.share_key import PROCESS
+from lbi.sharing import OWN_WORD, Isolation, Sharing
+from lbi.slots import Slot, device_name
 from lbi.store import SCHEMA, UNFINISHED, AlreadyRunning, Attempt, Result, Store, node_name
 from lbi.task_queue import TaskQueue
 from lbi.turns import Turns
@@ -63,7 +68,7 @@ Report = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the slots of one driver have in common.
+    """What the slots of one driver have in common: tasks of `sweep`, where its name is known.
 
     Results published after `since` (seconds since the epoch, when the plan was made) count as done.
     `recorded` goes into env.json in place of what the slot itself would say.
@@ -76,6 +81,7 @@ class Work:
     since: float
     turns: Turns = field(default_factory=Turns)
     recorded: Mapping[str, Any] = field(default_factory=dict)
+    sweep: str = ""
 
 
 def run_unit(
@@ -107,6 +113,7 @@ class _Bench:
         self.description = {**slot.describe(), **work.recorded}
         self.owners: dict[str, str] = {}
         self.account = Account()
+        self.sharing = Sharing(work.store.root)
 
     def run_next(self) -> bool:
         """Wait for the slot's GPU, then measure the next task; False where there was none to measure yet.
@@ -126,15 +133,26 @@ class _Bench:
             if task is None:
                 return False
             try:
-                self.run(task)
-            except AlreadyRunning as running:
-                if self.owners.get(task.run_id) != running.owner:
-                    self.report("wait", task, f"{running.owner} is measuring it")
-                self.owners[task.run_id] = running.owner
-                self.work.queue.put_back(task)
+                # While the GPU is held: a process that runs share must not be on it when another driver comes.
+                while task is not None:
+                    self._run_or_leave(task)
+                    again = self.sharing.lives and not self.stop.wanted
+                    task = self.work.queue.take_like(self.sharing.takes) if again else None
             finally:
-                self.work.queue.done(task)
+                self.sharing.end()
         return True
+
+    def _run_or_leave(self, task: Task) -> None:
+        """Measure a run, or leave it for later if another process has it."""
+        try:
+            self.run(task)
+        except AlreadyRunning as running:
+            if self.owners.get(task.run_id) != running.owner:
+                self.report("wait", task, f"{running.owner} is measuring it")
+            self.owners[task.run_id] = running.owner
+            self.work.queue.put_back(task)
+        finally:
+            self.work.queue.done(task)
 
     def report(self, kind: str, task: Task, text: str = "", result: Result | None = None) -> None:
         self.work.report(Event(kind, task, text, result, self.slot.number))
@@ -142,18 +160,7 @@ class _Bench:
     def run(self, task: Task) -> None:
         """Claim, measure and publish one run. Raises `AlreadyRunning` if another process has it."""
         references = reference.folders(self.store.root, task.config, task.env_id)
-        request = {
-            "config": plain(task.config),
-            "run_id": task.run_id,
-            "env_id": task.env_id,
-            "devices": str(self.store.root / "devices"),
-            "quantized": str(self.store.root / "quantized"),
-            "compile_cache": str(compile_cache(task.env_id)),
-            "kept_graphs": str(self.store.root / "compile_caches" / task.env_id),
-            "device_name": _device_name(task.config, self.description),
-            "references": {name: str(folder) for name, folder in references.items()},
-            "slot": self.slot.record(),
-        }
+        request = self._request(task, references)
         attempt = self.store.claim(task.run_id, task.env_id, request)
         published = self.store.result(task.run_id, task.env_id)
         if published is not None and published.finished > self.work.since and published.status not in UNFINISHED:
@@ -170,17 +177,61 @@ class _Bench:
             request["references"] = {name: str(folder) for name, folder in references.items()}
         write_json(attempt.folder / "env.json", {"schema": SCHEMA, **self.description})
         request["reference_problem"] = self._reference_problem(task, references, attempt)
+        isolation = self.sharing.of(task)
+        request["isolation"] = isolation.record()
+        request["rivals"] = rivals(self.store, self.work.sweep, task.config, task.run_id, task.env_id)
         write_json(attempt.folder / "config.json", {"schema": SCHEMA, **request})
         self.report("start", task)
-        ended = self._child("lbi.run", attempt.folder, task, attempt)
-        status, reason = _verdict(attempt, ended, task.config, self.stop.of(task.run_id))
-        self._trace(task, attempt, status)
+        ending = self._measure(task, attempt, isolation)
+        self._trace(task, attempt, ending[0])
         # What this run alone was compared with; the logits of a text are hundreds of megabytes.
         shutil.rmtree(attempt.folder / "references", ignore_errors=True)
-        seconds = time.perf_counter() - started
+        self._publish(task, attempt, isolation, ending, time.perf_counter() - started)
+
+    def _publish(
+        self, task: Task, attempt: Attempt, isolation: Isolation, how: tuple[str, str], seconds: float
+    ) -> None:
+        """Publish how a run ended, unless it must be measured again first because other runs may be the cause."""
+        status, reason = how
         cost = self.account.cost(task, attempt.folder, seconds, f"{node_name()} {self.slot.number}")
+        if isolation.after and status in OWN_WORD:
+            why = f"{status} after other runs of its process ({reason}); measured again in one of its own"
+            self.store.publish(attempt, "lost", why, seconds, cost)
+            self.report("wait", task, why)
+            self.run(task)
+            return
         self.store.publish(attempt, status, reason, seconds, cost)
         self.report("end", task, "", self.store.result(task.run_id, task.env_id))
+
+    def _request(self, task: Task, references: Mapping[str, Path]) -> dict[str, Any]:
+        """What the process of a run reads in its config.json."""
+        return {
+            "config": plain(task.config),
+            "run_id": task.run_id,
+            "env_id": task.env_id,
+            "devices": str(self.store.root / "devices"),
+            "quantized": str(self.store.root / "quantized"),
+            "compile_cache": str(compile_cache(task.env_id)),
+            "kept_graphs": str(self.store.root / "compile_caches" / task.env_id),
+            "device_name": device_name(task.config, self.description),
+            "references": {name: str(folder) for name, folder in references.items()},
+            "slot": self.slot.record(),
+        }
+
+    def _measure(self, task: Task, attempt: Attempt, isolation: Isolation) -> tuple[str, str]:
+        """Have a process of its own measure the run, or the one that it shares; status and reason."""
+        stop, said = self.stop.of(task.run_id), {"isolation": isolation.record()}
+        if isolation.how == PROCESS:
+            return verdict(attempt, self._child("lbi.run", attempt.folder, task, attempt, said=said), task.config, stop)
+        log, caches = attempt.folder / "log.txt", compile_cache(task.env_id)
+        start = partial(self.starter.start, "lbi.shared_run", attempt.folder, log, task.config, caches)
+        with self.account.timing("start"):
+            started = self.sharing.give(attempt.folder) if isolation.after else self.sharing.begin(task, start)
+        self.account.note_started(started)
+        ended = self._watch(started, attempt.folder, task, attempt, said, done=lambda: goes_on(attempt.folder))
+        status, reason = verdict(attempt, ended or LIVES_ON, task.config, stop)
+        self.sharing.note(task, ended, status, spoilt_by(attempt.folder))
+        return status, reason
 
     def _trace(self, task: Task, attempt: Attempt, status: str) -> None:
         """Have a second process take the traces that the run's own could not. They change nothing in the result."""
@@ -194,7 +245,7 @@ class _Bench:
         with self.account.timing("trace pass"):
             ended = self._child("lbi.trace_pass", folder, task, attempt, own)
         if ended.returncode or ended.timed_out:
-            why = f"the pass that takes it did not finish, {ended.describe()}: {_last_line(attempt.folder / 'log.txt')}"
+            why = f"the pass that takes it did not finish, {ended.describe()}: {last_line(attempt.folder / 'log.txt')}"
             tracing.add(attempt.folder, {trace: {"missing": why} for trace in traces})
 
     def _child(
@@ -205,7 +256,9 @@ class _Bench:
         attempt: Attempt,
         own: Mapping[str, str] = NOTHING,
         heartbeats: Sequence[Path] = (),
+        said: Mapping[str, Any] = NOTHING,
     ) -> Ended:
+        """Start a process that runs `module` on `folder`, and watch it; `said` is for its process.json."""
         log, caches = attempt.folder / "log.txt", compile_cache(task.env_id)
         if own:
             # A pass of its own after the run: all of it is the trace's, and it says nothing of how the run began.
@@ -214,11 +267,25 @@ class _Bench:
             with self.account.timing("start"):
                 started = self.starter.start(module, folder, log, task.config, caches)
             self.account.note_started(started)
+        return self._watch(started, folder, task, attempt, said, heartbeats) or LIVES_ON
+
+    def _watch(
+        self,
+        started: Started,
+        folder: Path,
+        task: Task,
+        attempt: Attempt,
+        said: Mapping[str, Any],
+        heartbeats: Sequence[Path] = (),
+        done: Callable[[], bool] = lambda: False,
+    ) -> Ended | None:
+        """Watch a process until it ends, or until `done` says so of one that lives on: None."""
         child = Child(started.process, attempt.folder, task.config.resources, self.stop.of(task.run_id), heartbeats)
-        process = {"schema": SCHEMA, "pid": started.process.pid, "started": started.how}
+        process = {"schema": SCHEMA, "pid": started.process.pid, "started": started.how, **said}
         write_json(folder / "process.json", process)
-        ended = child.wait(lambda phase: self.report("phase", task, phase))
-        write_json(folder / "process.json", {**process, "ended": ended.describe()})
+        ended = child.wait(lambda phase: self.report("phase", task, phase), done)
+        how = ended.describe() if ended else "not yet: it may do another run"
+        write_json(folder / "process.json", {**process, "ended": how})
         return ended
 
     def _reference_problem(self, task: Task, references: dict[str, Path], attempt: Attempt) -> str | None:
@@ -267,6 +334,8 @@ class _Bench:
         self, task: Task, references: dict[str, Path], attempt: Attempt, heartbeats: Sequence[Path]
     ) -> str:
         """Run the unquantized model; how that ended. `heartbeats` tell other drivers that it is being done."""
+        # Two models may be more than the memory takes, and a process that is idle is not known to stay so.
+        self.sharing.end()
         self.report("reference", task)
         folder = attempt.folder / "reference"
         folder.mkdir()
@@ -275,69 +344,8 @@ class _Bench:
         began = time.perf_counter()
         ended = self._child("lbi.reference", folder, task, attempt, heartbeats=heartbeats)
         self.account.note_reference(time.perf_counter() - began, list(references.values()))
-        last = _last_line(attempt.folder / "log.txt")
+        last = last_line(attempt.folder / "log.txt")
         return f"the unquantized model could not be run: {ended.describe()} ({last})"
-
-
-def _device_name(config: LbiConfig, description: dict[str, Any]) -> str:
-    if config.engine.device == "cuda" and description["gpus"]:
-        return str(description["gpus"][0]["name"])
-    return str(description["cpu"])
-
-
-def _verdict(attempt: Attempt, ended: Ended, config: LbiConfig, stop: Stop) -> tuple[str, str]:
-    """Status and reason: the child's own word if it lived to give it, else what its death says."""
-    try:
-        said = read_json(attempt.folder / "verdict.json", SCHEMA)
-    except BadFile:
-        said = None
-    if said is not None:
-        return said["status"], said["reason"]
-    if ended.stopped:
-        return stop.why()
-    if ended.timed_out:
-        return "timeout", f"took more than resources.run_timeout_s={config.resources.run_timeout_s:g} s"
-    phase = phase_of(attempt.folder) or "start"
-    if ended.returncode == -signal.SIGKILL and ended.oom_killed:
-        return "oom", f"killed by the kernel for lack of memory, in phase {phase}"
-    return "crash", f"{ended.describe()} in phase {phase}; see {attempt.folder / 'log.txt'}"
-
-
-def _last_line(log: Path) -> str:
-    try:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return "no log"
-    return lines[-1].strip() if lines else "empty log"
-
-
-@dataclass(frozen=True, slots=True)
-class UnitFile:
-    """A unit as a job finds it: its tasks, the store, when it was planned, and what it was planned for."""
-
-    tasks: list[Task]
-    store: Path
-    since: float
-    sweep: str
-    packages: dict[str, str]
-    git: dict[str, Any] | None
-
-
-def load_unit(file: Path) -> UnitFile:
-    """Read a unit file. Raises `InputError` for a file that is none."""
-    from lbi.typed import build
-
-    try:
-        unit = read_json(file, SCHEMA)
-    except BadFile as bad:
-        raise InputError("unit", str(file), bad.reason) from bad
-    if unit is None:
-        raise InputError("unit", str(file), "there is no such file")
-    tasks = [
-        Task(row["cell"], row["name"], row["run_id"], row["env_id"], build(LbiConfig, row["config"]))
-        for row in unit["tasks"]
-    ]
-    return UnitFile(tasks, Path(unit["store"]), float(unit["since"]), unit["sweep"], unit["packages"], unit["git"])
 
 
 def log_line(event: Event) -> None:
@@ -348,6 +356,8 @@ def log_line(event: Event) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Execute the unit in a file, a line of output per change."""
+    from lbi.unit_file import load_unit
+
     try:
         unit = load_unit(Path(arguments[0]))
         store = Store.open(unit.store, write=True)

@@ -37,7 +37,8 @@ from lbi.store import SCHEMA, AlreadyRunning, Store, job_name, node_name
 from lbi.sweep_folder import note_environment, read_plan
 from lbi.task_queue import TaskQueue
 from lbi.typed import build
-from lbi.worker import Event, Task, UnitFile, Work, log_line, run_slot
+from lbi.unit_file import UnitFile
+from lbi.worker import Event, Task, Work, log_line, run_slot
 
 COUNTED_BY = ("SLURM_ARRAY_TASK_ID", "SKYPILOT_JOB_RANK", "JOB_COMPLETION_INDEX")
 """Variables in which SLURM, SkyPilot and Kubernetes tell a job its number."""
@@ -159,7 +160,9 @@ def _run(parcel: Parcelled, tasks: list[Task], store: Store, home: Home, stop: S
 
     recorded = {"git": parcel.unit.git, "host": node_name()}
     for batch in batches([Unit(parcel.name, tuple(tasks))]):
-        work = Work(TaskQueue(batch), store, report, stop, parcel.unit.since, recorded=recorded)
+        work = Work(
+            TaskQueue(batch), store, report, stop, parcel.unit.since, recorded=recorded, sweep=parcel.unit.sweep
+        )
         if stop.wanted:
             return
         if batch[0].config.engine.device == "cuda":

@@ -22,6 +22,9 @@ class LocalExecutor:
     pack = False
     here = True
 
+    def __init__(self, sweep: str = "") -> None:
+        self.sweep = sweep
+
     def forecast(self, units: Sequence[Unit], store: Store) -> str:
         """Nothing beyond the estimate of the runs themselves."""
         return ""
@@ -35,7 +38,7 @@ class LocalExecutor:
         with stopping_on_signals(stop):
             for tasks in batches(units):
                 if not stop.wanted:
-                    run_batch(tasks, Work(TaskQueue(tasks), store, report, stop, since))
+                    run_batch(tasks, Work(TaskQueue(tasks), store, report, stop, since, sweep=self.sweep))
         return stop
 
 

@@ -22,7 +22,8 @@ from lbi.files import BadFile, read_json
 from lbi.slots import Slot
 from lbi.store import SCHEMA, Store, job_name, node_name
 from lbi.task_queue import TaskQueue
-from lbi.worker import Event, UnitFile, Work, load_unit, log_line, run_slot
+from lbi.unit_file import UnitFile, load_unit
+from lbi.worker import Event, Work, log_line, run_slot
 
 TERM_GRACE_S = 1.0
 """After SIGTERM the rest of the job's life may be a few seconds: a child gets this long."""
@@ -142,7 +143,7 @@ def run(unit_file: str) -> int:
 
     # A snapshot of the code is no checkout: what was submitted says which commit it is.
     recorded = {"git": unit.git, "host": node_name()}
-    run_slot(Work(TaskQueue(tasks), store, report, stop, unit.since, recorded=recorded), Slot())
+    run_slot(Work(TaskQueue(tasks), store, report, stop, unit.since, recorded=recorded, sweep=unit.sweep), Slot())
     # A job that was only terminated is cancelled, or SLURM itself starts it again.
     if stop.told:
         _start_again(unit, restart)

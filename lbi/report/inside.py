@@ -117,3 +117,16 @@ def _candidates(item: dict[str, Any]) -> list[str]:
 
 def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else []
+
+
+def isolation(effective: dict[str, Any]) -> list[str]:
+    """Whether the run had a process of its own, why if it was to share one, and what it came after."""
+    found = part(effective, "isolation")
+    if not found:
+        return []
+    if found.get("how") == "process":
+        return ["a process of its own", *([str(found["why"])] if found.get("why") else [])]
+    earlier = [str(run) for run in _list(found.get("after"))]
+    after = [f"after {', '.join(earlier)}" if earlier else "the first of its process"]
+    left = [f"{size(found['left_bytes'])} left by those runs"] if finite(found.get("left_bytes")) else []
+    return ["a process that runs share", *after, *left, *([str(found["compared"])] if found.get("compared") else [])]

@@ -110,7 +110,7 @@ class LocalLauncher(Launcher):
     def executor(self, sweep: str, settings: Any) -> Any:
         from lbi.executors.local import LocalExecutor
 
-        return LocalExecutor()
+        return LocalExecutor(sweep)
 
     def sites(self, store: Any) -> Any:
         from lbi.sites import Here
