@@ -3,7 +3,9 @@
     python benchmarks/structured.py [--texts 1000] [--model tiny|smollm2_135m] [--lookup]
 
 `tiny` is a random model of two layers with SmolLM2's vocabulary of 49,152 tokens and its tokenizer: what it
-writes is noise, which a grammar must hold against, and a text takes a fraction of a second. Needs jsonschema.
+writes is noise, which a grammar must hold against, and a text takes a fraction of a second. `--tiktoken FILE`
+gives it another vocabulary instead: Llama 3's `tokenizer.model` (the package llama-models has one), 128,256 tokens.
+Needs jsonschema; --tiktoken needs tiktoken.
 """
 
 from __future__ import annotations
@@ -22,6 +24,12 @@ from engines import _planned
 
 MOST_TOKENS = 600
 
+LLAMA3_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Llama 3's tokenizer cuts a text before it merges bytes, as its own source has it."""
+
 
 def main() -> int:
     """Generate, validate, and print a line for each schema; the exit status is 1 if one text is wrong."""
@@ -29,6 +37,7 @@ def main() -> int:
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--model", default="tiny", choices=("tiny", "smollm2_135m"))
     parser.add_argument("--cpu-time", action="store_true", help="count the thread's seconds, as on a busy machine")
+    parser.add_argument("--tiktoken", metavar="FILE", help="a vocabulary for `tiny`")
     parser.add_argument("--lookup", action="store_true", help="with drafts of a lookup as well")
     given = parser.parse_args()
     schemas = json.loads((Path(__file__).parent / "schemas.json").read_text())
@@ -78,9 +87,23 @@ def setting(given: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
         shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size = 2, 64, 128
         shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim = 4, 2, 16
         shape.initializer_range = 0.1
+        if given.tiktoken:
+            tokenizer = llama3_tokenizer(given.tiktoken)
+            shape.vocab_size, shape.eos_token_id = len(tokenizer), tokenizer.eos_token_id
+            loaded = replace(loaded, tokenizer=tokenizer)
         torch.manual_seed(0)
         loaded = replace(loaded, model=AutoModelForCausalLM.from_config(shape).float().eval())
     return config, loaded
+
+
+def llama3_tokenizer(file: str) -> Any:
+    """A tokenizer of transformers from the ranks of Llama 3's, with its 256 special tokens."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    special = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{at}|>" for at in range(254))]
+    made = TikTokenConverter(file, pattern=LLAMA3_PIECES, extra_special_tokens=special).converted()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=special[0], eos_token=special[1])
 
 
 def texts(config: Any, loaded: Any, schema: dict[str, Any], count: int) -> dict[str, Any]:

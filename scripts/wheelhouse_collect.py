@@ -325,7 +325,10 @@ def main() -> int:
     parser.add_argument("--extra", action="append", default=[], help="an extra of lbi, such as gpu; more than once")
     parser.add_argument("--torch", default="keep", help="keep (the node's), newest, or a version to take along")
     parser.add_argument("--with-torch", action="store_const", const="newest", dest="torch", help="--torch newest")
-    parser.add_argument("--leave-out", action="append", default=[], help="a package that the node has; more than once")
+    parser.add_argument(
+        "--leave-out", action="extend", default=[], type=lambda names: names.split(","), metavar="PACKAGE[,PACKAGE]",
+        help="packages that the node has; more than once, too",
+    )  # fmt: skip
     parser.add_argument("--model", action="store_true", help="take the default model's file along (93 MB)")
     parser.add_argument("--max-mb", type=float, help="keep nothing if it is more than this, in 10^6 bytes")
     root = Path(__file__).resolve().parent.parent
