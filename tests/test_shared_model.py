@@ -188,12 +188,13 @@ def test_a_layer_that_became_another_is_found(model: Any) -> None:
 
 def test_settings_of_the_process_are_put_back() -> None:
     before = shared_model.Settings.take()
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = 256
-    torch._inductor.config.coordinate_descent_tuning = True
+    # What they are at the moment: torchao sets them for the process, in whichever test was first to use it.
+    limit, tuning = torch._dynamo.config.recompile_limit, torch._inductor.config.coordinate_descent_tuning
+    torch._dynamo.config.recompile_limit = limit + 1
+    torch._inductor.config.coordinate_descent_tuning = not tuning
     before.restore()
     assert torch._dynamo.config.recompile_limit == limit
-    assert not torch._inductor.config.coordinate_descent_tuning
+    assert torch._inductor.config.coordinate_descent_tuning == tuning
     torch._dynamo.utils.counters["stats"]["unique_graphs"] += 3
     shared_model.forget_compiled()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
