@@ -230,7 +230,7 @@
       style: { whisker: { color: colour("--ink") }, guide: { color: colour("--quiet") } },
       axis: { ...axis, domainColor: colour("--line"), gridColor: colour("--line"), gridOpacity: 0.6, tickColor: colour("--line") },
       axisY: { labelLimit: Math.max(120, box.clientWidth * (narrow ? 0.38 : 0.48)) },
-      legend: { ...axis, orient: "bottom", columns: Math.max(2, Math.floor(box.clientWidth / 150)), symbolStrokeWidth: 0 },
+      legend: { ...axis, orient: "bottom", columns: Math.max(2, Math.floor(box.clientWidth / 200)), symbolStrokeWidth: 0 },
     };
   };
 
