@@ -31,8 +31,14 @@ def check(kind: CacheFormat, heads: int, kv_heads: int) -> None:
         key, value = torch.randn(2, kv_heads, kind.width) * (at != 4)
         position = torch.tensor([at], dtype=torch.int32)
         angles = (cos, sin) if at % 2 else None
-        args = (torch.zeros(heads, kind.width), key_rows, value_rows, position, 1, kind, 0.2)
-        cache_gpu.attend(*args, *room(kind, heads, kv_heads), new=(key, value), angles=angles)
+        queries, made = torch.randn(heads, kind.width), room(kind, heads, kv_heads)
+        args = (queries, key_rows, value_rows, position, 1, kind, 0.2)
+        cache_gpu.attend(*args, *made, new=(key, value), angles=angles)
+        asked = rotate(queries, cos[at], sin[at]) if angles else queries
+        theirs = attended(asked, key_rows, value_rows, at + 1, kind)
+        error = (made[0] - theirs).norm() / theirs.norm()
+        if not error < 1e-4:
+            raise SystemExit(f"{kind}: attention with token {at} put into it is {error:.1e} off")
         turned = rotate(key, cos[at], sin[at]) if at % 2 else key
         for rows, new in ((wanted_keys, turned), (wanted_values, value)):
             made = kind.store(new)

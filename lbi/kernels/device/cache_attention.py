@@ -259,7 +259,8 @@ def attention(
     row = kv.to(tl.int64) * slots
     codes_per_row: tl.constexpr = HALF if FMT == 2 else D
     if PDL:
-        begins = (row + first) * codes_per_row
+        # A split that a short text leaves without slots begins where no cache need be any more.
+        begins = (row + tl.minimum(first, now)) * codes_per_row
         bytes_live = (end - first) * codes_per_row
         _prefetch(key_codes + begins, bytes_live, BT * codes_per_row)
         _prefetch(value_codes + begins, bytes_live, BT * codes_per_row)
