@@ -35,9 +35,13 @@ class Findings:
     """What loading and quantizing added to a record while it was open, for the records of later runs."""
 
     def __init__(self, record: Record) -> None:
-        self._parts = (record.metrics, record.missing, record.effective)
+        self._parts = self._of(record)
         self._before = [dict(part) for part in self._parts]
         self.added: list[dict[str, Any]] = []
+
+    @staticmethod
+    def _of(record: Record) -> tuple[dict[str, Any], ...]:
+        return record.metrics, record.missing, record.effective
 
     def close(self) -> Findings:
         """Keep what is new or another value than before."""
@@ -48,7 +52,7 @@ class Findings:
 
     def give(self, record: Record) -> None:
         """Put the same into another record."""
-        for part, added in zip((record.metrics, record.missing, record.effective), self.added, strict=True):
+        for part, added in zip(self._of(record), self.added, strict=True):
             part.update(copy.deepcopy(added))
 
 
