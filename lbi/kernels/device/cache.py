@@ -27,7 +27,7 @@ def _to_fp8(x):
 
 
 @triton.jit
-def _widened(codes, FMT: tl.constexpr):
+def widened(codes, FMT: tl.constexpr):
     """float32 of codes (int32), without scales."""
     if FMT == 0:
         made = ((codes << 24) >> 24).to(tl.float32)

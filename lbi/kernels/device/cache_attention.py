@@ -1,128 +1,32 @@
 """One token's attention over a low-bit cache on a GPU, its codes multiplied in the tensor cores as they are.
 
-What bounds it is not the memory but the instructions that turn codes into numbers, so there are as
-few as can be, about one a code: a byte becomes a float16 by being put into a mantissa (1024 + code),
-by one instruction for two of them, and scales never meet codes. A row's scale multiplies what its
-codes have added up to: the scores of a key, the weights of a value. So every dot product is of
-codes that share a scale, a piece: the whole head, or a group.
+What bounds it is not the memory but the instructions that turn codes into numbers (device/code_planes.py), so scales
+never meet codes. A row's scale multiplies what its codes have added up to: the scores of a key, the weights of a
+value. So every dot product is of codes that share a scale, a piece: the whole head, or a group.
 
 A program's warps do not wait for each other: each has slots of its own, a slice, with its own
-maximum, and only the end adds up the slices. Both are batches of one product, (pieces * slices).
+maximum, and only the end adds up the slices. Both are batches of one product, B = (pieces * slices).
 Rows of it are the query heads that share a key-value head, in turn until there are 16, as the tensor cores want.
 
 float16 has three bits more than bfloat16, and all codes; what it lacks in range is made up by LIFT.
 The splits of a key-value head share the live length, as in device/decode.py; the last of them has the token
 itself alone, for putting it into the cache takes as long as attending to a thousand. FMT is 0 for int8,
-1 for fp8 (e4m3), 2 for int4, of which a byte has a value of each half of a head.
+1 for fp8 (e4m3), 2 for int4, of which a byte has a value of each half of a head: its second half is in the
+variables named so, and has scales of its own where TWO. What is in tuples are those of each slot and piece (numbers)
+and those of each byte of a word (sums).
 """
 
 import triton
 import triton.language as tl
 
-from lbi.kernels.device.cache import _widened, put_pair
+from lbi.kernels.device.cache import put_pair
+from lbi.kernels.device.code_planes import high_planes, key_planes, value_planes
 from lbi.kernels.device.splits import LEAST, merge_if_last, one_by_one
 
 PTX = tl.constexpr(not triton.knobs.runtime.interpret)
 """Whether inline assembly can be used: Triton's interpreter knows none."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _key_planes(codes, FMT: tl.constexpr, HARD: tl.constexpr, FAST: tl.constexpr, KIND: tl.constexpr):
-    """Key codes, four neighbours in a register, as KIND plus OFF (see `attention`); of int4 both, 16 * the second."""
-    if FAST and FMT == 0:
-        one = tl.inline_asm_elementwise(
-            "{ .reg .b32 a; xor.b32 a, $2, 0x80808080;"
-            "  prmt.b32 $0, a, 0x64646464, 0x4140; prmt.b32 $1, a, 0x64646464, 0x4342; }",
-            "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4,
-        )  # fmt: skip
-        two = one
-    elif FAST and FMT == 2:
-        one, two = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b; prmt.b32 a, $4, 0, 0x4140; prmt.b32 b, $4, 0, 0x4342;"
-            "  lop3.b32 $0, a, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $1, b, 0x000F000F, 0x64006400, 0xEA;"
-            "  lop3.b32 $2, a, 0x00F000F0, 0x64006400, 0xEA; lop3.b32 $3, b, 0x00F000F0, 0x64006400, 0xEA; }",
-            "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
-        )  # fmt: skip
-    elif FMT == 1 and HARD:
-        one = codes.to(KIND)
-        two = one
-    elif FMT == 1:
-        one = _widened(codes.to(tl.int32), FMT).to(KIND)
-        two = one
-    elif FMT == 0:
-        one = codes.to(tl.int8, bitcast=True).to(KIND)
-        two = one
-    else:
-        one, two = (codes & 15).to(KIND), (codes >> 4).to(KIND)
-    return one, two
-
-
-@triton.jit
-def _value_planes(words, FMT: tl.constexpr, HARD: tl.constexpr, FAST: tl.constexpr, KIND: tl.constexpr):
-    """The four bytes of each word as KIND, of two neighbouring slots at once; of int4 their lower halves."""
-    if FAST and FMT == 0:
-        a, b, c, d = tl.inline_asm_elementwise(
-            "{ .reg .b32 x, y, z; mov.b32 z, 0x64806480;"
-            "  prmt.b32 x, $4, $5, 0x5410; prmt.b32 y, $4, $5, 0x7632;"
-            "  lop3.b32 $0, x, 0x00FF00FF, z, 0x6A; shr.b32 x, x, 8; lop3.b32 $1, x, 0x00FF00FF, z, 0x6A;"
-            "  lop3.b32 $2, y, 0x00FF00FF, z, 0x6A; shr.b32 y, y, 8; lop3.b32 $3, y, 0x00FF00FF, z, 0x6A;"
-            "  mov.b32 z, 0xE480E480;"
-            "  add.f16x2 $0, $0, z; add.f16x2 $1, $1, z; add.f16x2 $2, $2, z; add.f16x2 $3, $3, z; }",
-            "=&r,=&r,=&r,=&r,r,r", [words],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    elif FAST and FMT == 1 and HARD:
-        a, b, c, d = tl.inline_asm_elementwise(
-            "{ .reg .b32 x, y; .reg .b16 s, t, u, v;"
-            "  prmt.b32 x, $4, $5, 0x5140; prmt.b32 y, $4, $5, 0x7362; mov.b32 {s, t}, x; mov.b32 {u, v}, y;"
-            "  cvt.rn.f16x2.e4m3x2 $0, s; cvt.rn.f16x2.e4m3x2 $1, t;"
-            "  cvt.rn.f16x2.e4m3x2 $2, u; cvt.rn.f16x2.e4m3x2 $3, v; }",
-            "=&r,=&r,=&r,=&r,r,r", [words],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    elif FAST and FMT == 2:
-        a, b, c, d = tl.inline_asm_elementwise(
-            "{ .reg .b32 x, y, z; mov.b32 z, 0x64006400;"
-            "  prmt.b32 x, $4, $5, 0x5410; prmt.b32 y, $4, $5, 0x7632;"
-            "  lop3.b32 $0, x, 0x000F000F, z, 0xEA; shr.b32 x, x, 8; lop3.b32 $1, x, 0x000F000F, z, 0xEA;"
-            "  lop3.b32 $2, y, 0x000F000F, z, 0xEA; shr.b32 y, y, 8; lop3.b32 $3, y, 0x000F000F, z, 0xEA;"
-            "  mov.b32 z, 0xE400E400;"
-            "  add.f16x2 $0, $0, z; add.f16x2 $1, $1, z; add.f16x2 $2, $2, z; add.f16x2 $3, $3, z; }",
-            "=&r,=&r,=&r,=&r,r,r", [words],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        a, b = _value_of(words, 0, FMT, KIND), _value_of(words, 1, FMT, KIND)
-        c, d = _value_of(words, 2, FMT, KIND), _value_of(words, 3, FMT, KIND)
-    return a, b, c, d
-
-
-@triton.jit
-def _high_planes(words, FAST: tl.constexpr, KIND: tl.constexpr):
-    """The upper halves of the four bytes of each word of int4, 16 times as large where FAST."""
-    if FAST:
-        a, b, c, d = tl.inline_asm_elementwise(
-            "{ .reg .b32 x, y, z; mov.b32 z, 0x64006400;"
-            "  prmt.b32 x, $4, $5, 0x5410; prmt.b32 y, $4, $5, 0x7632;"
-            "  lop3.b32 $0, x, 0x00F000F0, z, 0xEA; shr.b32 x, x, 8; lop3.b32 $1, x, 0x00F000F0, z, 0xEA;"
-            "  lop3.b32 $2, y, 0x00F000F0, z, 0xEA; shr.b32 y, y, 8; lop3.b32 $3, y, 0x00F000F0, z, 0xEA;"
-            "  mov.b32 z, 0xE400E400;"
-            "  add.f16x2 $0, $0, z; add.f16x2 $1, $1, z; add.f16x2 $2, $2, z; add.f16x2 $3, $3, z; }",
-            "=&r,=&r,=&r,=&r,r,r", [words],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        a, b = ((words >> 4) & 15).to(KIND), ((words >> 12) & 15).to(KIND)
-        c, d = ((words >> 20) & 15).to(KIND), ((words >> 28) & 15).to(KIND)
-    return a, b, c, d
-
-
-@triton.jit
-def _value_of(words, BYTE: tl.constexpr, FMT: tl.constexpr, KIND: tl.constexpr):
-    code = (words >> (8 * BYTE)) & (15 if FMT == 2 else 255)
-    return _widened(code, FMT).to(KIND)
 
 
 @triton.jit
@@ -186,9 +90,121 @@ def _merged_slices(
 
 
 @triton.jit
-def _numbers(numbers, at, piece, is_live, LOW: tl.constexpr, HIGH: tl.constexpr, NUMBERS: tl.constexpr):
-    """(P * S, T) bfloat16: a scale, or a least value, of each slot and piece; of int4's second half if HIGH."""
-    return tl.load(numbers + at * NUMBERS + piece + LOW + HIGH, mask=is_live, other=0.0)
+def _number(numbers, at, piece, asked, FIRST: tl.constexpr, NUMBERS: tl.constexpr):
+    return tl.load(numbers + at * NUMBERS + piece + FIRST, mask=asked, other=0.0)
+
+
+@triton.jit
+def _numbers(key_numbers, value_numbers, at, piece, asked, GROUPS: tl.constexpr, FMT: tl.constexpr):
+    """(B, T) bfloat16 each: scales of keys and values; of int4 their least values; both again for its second half."""
+    COUNT: tl.constexpr = GROUPS * 2 if FMT == 2 else GROUPS
+    SECOND: tl.constexpr = GROUPS // 2
+    key_size = _number(key_numbers, at, piece, asked, 0, COUNT)
+    value_size = _number(value_numbers, at, piece, asked, 0, COUNT)
+    if FMT != 2:
+        found = (key_size, value_size)
+    else:
+        key_low = _number(key_numbers, at, piece, asked, GROUPS, COUNT)
+        value_low = _number(value_numbers, at, piece, asked, GROUPS, COUNT)
+        if GROUPS == 1:
+            found = (key_size, value_size, key_low, value_low)
+        else:
+            found = (
+                key_size, value_size, key_low, value_low,
+                _number(key_numbers, at, piece, asked, SECOND, COUNT),
+                _number(value_numbers, at, piece, asked, SECOND, COUNT),
+                _number(key_numbers, at, piece, asked, GROUPS + SECOND, COUNT),
+                _number(value_numbers, at, piece, asked, GROUPS + SECOND, COUNT),
+            )  # fmt: skip
+    return found
+
+
+@triton.jit
+def _wide(numbers, factor: tl.constexpr):
+    """(B, 1, T) float32, for products of every row."""
+    return (numbers.to(tl.float32) * factor)[:, None, :]
+
+
+@triton.jit
+def _scores(
+    one, two, numbers, query, query_sum, second, second_sum, FMT: tl.constexpr, TWO: tl.constexpr,
+    OFF: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    """(B, R, T): what each piece of a key adds to the score of its slot. `one` and `two` are key_planes' codes."""
+    begin = -OFF * query_sum
+    if TWO:
+        found = tl.dot(query, tl.permute(one, (0, 2, 1)), begin, input_precision="ieee")
+        other = tl.dot(second, tl.permute(two, (0, 2, 1)), -OFF * second_sum, input_precision="ieee")
+        found = found * _wide(numbers[0], 1.0) + other * _wide(numbers[4], 1.0)
+        found += query_sum * _wide(numbers[2], 1.0)
+        found += (UP * second_sum) * _wide(numbers[6], 1.0)
+    elif FMT == 2:
+        begin += -OFF * second_sum
+        found = tl.dot(query, tl.permute(one, (0, 2, 1)), begin, input_precision="ieee")
+        found = tl.dot(second, tl.permute(two, (0, 2, 1)), found, input_precision="ieee")
+        found *= _wide(numbers[0], 1.0)
+        found += (query_sum + UP * second_sum) * _wide(numbers[2], 1.0)
+    else:
+        found = tl.dot(query, tl.permute(one, (0, 2, 1)), begin, input_precision="ieee")
+        found *= _wide(numbers[0], 1.0)
+    return found
+
+
+@triton.jit
+def _with_values(sums, shrunk, sized, planes):
+    """(B, R, words) for each byte of a word: the sums so far, shrunk, and the values of these slots, weighted."""
+    a = tl.dot(sized, planes[0], sums[0] * shrunk, input_precision="ieee")
+    b = tl.dot(sized, planes[1], sums[1] * shrunk, input_precision="ieee")
+    c = tl.dot(sized, planes[2], sums[2] * shrunk, input_precision="ieee")
+    d = tl.dot(sized, planes[3], sums[3] * shrunk, input_precision="ieee")
+    return a, b, c, d
+
+
+@triton.jit
+def _put_sums(
+    mine, sums, least, piece, r, w, LIFT: tl.constexpr, SHARE: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr
+):  # fmt: skip
+    """Leave the sums of each slice, and what the least values of its slots add to them, in its part."""
+    lowest = tl.sum(least, axis=2)[:, :, None]
+    _put_part(mine, sums[0] / LIFT + lowest, piece, 0, r, w, SHARE, PIECE, PIECES)
+    _put_part(mine, sums[1] / LIFT + lowest, piece, 1, r, w, SHARE, PIECE, PIECES)
+    _put_part(mine, sums[2] / LIFT + lowest, piece, 2, r, w, SHARE, PIECE, PIECES)
+    _put_part(mine, sums[3] / LIFT + lowest, piece, 3, r, w, SHARE, PIECE, PIECES)
+
+
+@triton.jit
+def _slots_of(split, live, ALONE: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr):
+    """The slots of a split, from the first to behind the last; ALONE: the last split has the token itself alone."""
+    if ALONE:
+        share = tl.cdiv(tl.cdiv(live - 1, SPLITS - 1), BT) * BT
+        first = tl.where(split == SPLITS - 1, live - 1, split * share)
+        end = tl.where(split == SPLITS - 1, live, tl.minimum(first + share, live - 1))
+    else:
+        share = tl.cdiv(tl.cdiv(live, SPLITS), BT) * BT
+        first = split * share
+        end = tl.minimum(first + share, live)
+    return first, end
+
+
+@triton.jit
+def _put_token(
+    new_keys, new_values, key_codes, key_numbers, value_codes, value_numbers, cos_table, sin_table, kv, row, now,
+    D: tl.constexpr, G: tl.constexpr, FMT: tl.constexpr, ROUND: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of the token into the slot `now`, for this program and those of later steps to read."""
+    HALF: tl.constexpr = D // 2
+    HALVES: tl.constexpr = HALF if G == D else G
+    WIDTH: tl.constexpr = triton.next_power_of_2(HALVES)
+    for pair in tl.static_range(HALF // HALVES):
+        put_pair(
+            new_keys, key_codes, key_numbers, cos_table, sin_table, kv, row + now, now, pair,
+            D, G, FMT, ROUND, ROTATE, WIDTH,
+        )  # fmt: skip
+        put_pair(
+            new_values, value_codes, value_numbers, None, None, kv, row + now, now, pair,
+            D, G, FMT, ROUND, False, WIDTH,
+        )  # fmt: skip
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -225,7 +241,7 @@ def attention(
     HALF: tl.constexpr = D // 2
     FAST: tl.constexpr = PTX and out.dtype.element_ty != tl.float32
     KIND: tl.constexpr = tl.float16 if FAST else tl.float32
-    # Values of a piece, and pieces: of a half of the head for int4, of which a byte has both.
+    # A row's bytes, and pieces of them; int4's bytes have a value of each half.
     SPAN: tl.constexpr = HALF if FMT == 2 else D
     PIECE: tl.constexpr = min(G, SPAN)
     PIECES: tl.constexpr = SPAN // PIECE
@@ -234,10 +250,9 @@ def attention(
     BYTES: tl.constexpr = max(16, triton.next_power_of_2(PIECE))
     WORDS: tl.constexpr = max(8, triton.next_power_of_2(PIECE // 4))
     GROUPS: tl.constexpr = D // G
-    NUMBERS: tl.constexpr = GROUPS * 2 if FMT == 2 else GROUPS
-    SECOND: tl.constexpr = GROUPS // 2
-    # Where int4's second half has scales of its own.
     TWO: tl.constexpr = FMT == 2 and GROUPS > 1
+    BT: tl.constexpr = S * T
+    BD: tl.constexpr = triton.next_power_of_2(D)
     OFF: tl.constexpr = ((1152.0 if FMT == 0 else 1024.0) if FMT != 1 else 0.0) if FAST else 0.0
     UP: tl.constexpr = 16.0 if FAST and FMT == 2 else 1.0
     LIFT: tl.constexpr = (64.0 if FMT == 0 else (256.0 if FMT == 1 else 16.0)) if FAST else 1.0
@@ -247,37 +262,21 @@ def attention(
         tl.extra.cuda.gdc_launch_dependents()
     now = tl.load(position, cache_modifier=".cg")
     live = (now + offset).to(tl.int32)
-    BT: tl.constexpr = S * T
-    if new_keys is not None and SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(live - 1, SPLITS - 1), BT) * BT
-        first = tl.where(split == SPLITS - 1, live - 1, split * share)
-        end = tl.where(split == SPLITS - 1, live, tl.minimum(first + share, live - 1))
-    else:
-        share = tl.cdiv(tl.cdiv(live, SPLITS), BT) * BT
-        first = split * share
-        end = tl.minimum(first + share, live)
+    first, end = _slots_of(split, live, new_keys is not None and SPLITS > 1, SPLITS, BT)
     row = kv.to(tl.int64) * slots
-    codes_per_row: tl.constexpr = HALF if FMT == 2 else D
     if PDL:
         # A split that a short text leaves without slots begins where no cache need be any more.
-        begins = (row + tl.minimum(first, now)) * codes_per_row
-        bytes_live = (end - first) * codes_per_row
-        _prefetch(key_codes + begins, bytes_live, BT * codes_per_row)
-        _prefetch(value_codes + begins, bytes_live, BT * codes_per_row)
+        begins = (row + tl.minimum(first, now)) * SPAN
+        bytes_live = (end - first) * SPAN
+        _prefetch(key_codes + begins, bytes_live, BT * SPAN)
+        _prefetch(value_codes + begins, bytes_live, BT * SPAN)
         tl.extra.cuda.gdc_wait()
     if new_keys is not None:  # noqa: SIM102 (what the first condition leaves out must not be compiled)
         if split == SPLITS - 1:
-            HALVES: tl.constexpr = HALF if G == D else G
-            for pair in tl.static_range(HALF // HALVES):
-                put_pair(
-                    new_keys, key_codes, key_numbers, cos_table, sin_table, kv, row + now, now, pair,
-                    D, G, FMT, ROUND, ROTATE, triton.next_power_of_2(HALVES),
-                )  # fmt: skip
-                put_pair(
-                    new_values, value_codes, value_numbers, None, None, kv, row + now, now, pair,
-                    D, G, FMT, ROUND, False, triton.next_power_of_2(HALVES),
-                )  # fmt: skip
-            tl.debug_barrier()
+            _put_token(
+                new_keys, new_values, key_codes, key_numbers, value_codes, value_numbers, cos_table, sin_table,
+                kv, row, now, D, G, FMT, ROUND, ROTATE,
+            )  # fmt: skip
     b, r, i, w = tl.arange(0, B), tl.arange(0, R), tl.arange(0, BYTES), tl.arange(0, WORDS)
     piece, slice_ = b // S, b % S
     own = tl.arange(0, T)
@@ -290,14 +289,11 @@ def attention(
     query = _for_all_slices(query.to(KIND), P, S)
     ones = tl.full((B, BYTES, T), 1.0, KIND)
     query_sum = tl.dot(query, ones, input_precision="ieee")
-    begin = -OFF * query_sum
+    second, second_sum = query, query_sum
     if FMT == 2:
         second = _turned(queries, cos_table, sin_table, now, head, d + HALF, asked, scale * LOG2_E / UP, D, ROTATE)
         second = _for_all_slices(second.to(KIND), P, S)
         second_sum = tl.dot(second, ones, input_precision="ieee")
-        begin_second = -OFF * second_sum
-        if not TWO:
-            begin += begin_second
 
     if FMT == 1 and HARD:
         keys = key_codes.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
@@ -307,59 +303,28 @@ def attention(
 
     most = tl.full((S, R), LEAST, tl.float32)
     total = tl.zeros((S, R, T), tl.float32)
-    a0 = tl.zeros((B, R, WORDS), tl.float32)
-    a1, a2, a3 = a0, a0, a0
-    h0, h1, h2, h3 = a0, a0, a0, a0
+    nothing = tl.zeros((B, R, WORDS), tl.float32)
+    sums = (nothing, nothing, nothing, nothing)
+    sums_2 = sums
     least = tl.zeros((B, R, T), tl.float32)
-    least_2 = tl.zeros((B, R, T), tl.float32)
+    least_2 = least
 
     # Scales are asked for a whole step ahead: they are too small to come with the codes.
     t = first + (slice_ * T)[:, None] + own[None, :]
     is_live = (t < end) & (piece < PIECES)[:, None]
-    at, p = row + t, piece[:, None]
-    key_size = _numbers(key_numbers, at, p, is_live, 0, 0, NUMBERS)
-    value_size = _numbers(value_numbers, at, p, is_live, 0, 0, NUMBERS)
-    if FMT == 2:
-        key_low = _numbers(key_numbers, at, p, is_live, GROUPS, 0, NUMBERS)
-        value_low = _numbers(value_numbers, at, p, is_live, GROUPS, 0, NUMBERS)
-    if TWO:
-        key_size_2 = _numbers(key_numbers, at, p, is_live, 0, SECOND, NUMBERS)
-        value_size_2 = _numbers(value_numbers, at, p, is_live, 0, SECOND, NUMBERS)
-        key_low_2 = _numbers(key_numbers, at, p, is_live, GROUPS, SECOND, NUMBERS)
-        value_low_2 = _numbers(value_numbers, at, p, is_live, GROUPS, SECOND, NUMBERS)
+    numbers = _numbers(key_numbers, value_numbers, row + t, piece[:, None], is_live, GROUPS, FMT)
 
     for start in range(first, end, BT):
         t = start + (slice_ * T)[:, None] + own[None, :]
         is_next = (t + BT < end) & (piece < PIECES)[:, None]
-        at = row + t + BT
-        next_key_size = _numbers(key_numbers, at, p, is_next, 0, 0, NUMBERS)
-        next_value_size = _numbers(value_numbers, at, p, is_next, 0, 0, NUMBERS)
-        if FMT == 2:
-            next_key_low = _numbers(key_numbers, at, p, is_next, GROUPS, 0, NUMBERS)
-            next_value_low = _numbers(value_numbers, at, p, is_next, GROUPS, 0, NUMBERS)
-        if TWO:
-            next_key_size_2 = _numbers(key_numbers, at, p, is_next, 0, SECOND, NUMBERS)
-            next_value_size_2 = _numbers(value_numbers, at, p, is_next, 0, SECOND, NUMBERS)
-            next_key_low_2 = _numbers(key_numbers, at, p, is_next, GROUPS, SECOND, NUMBERS)
-            next_value_low_2 = _numbers(value_numbers, at, p, is_next, GROUPS, SECOND, NUMBERS)
+        next_numbers = _numbers(key_numbers, value_numbers, row + t + BT, piece[:, None], is_next, GROUPS, FMT)
         is_live = (t < end) & (piece < PIECES)[:, None]
         at = row + t
-        where = at[:, :, None] * codes_per_row + (piece * PIECE)[:, None, None] + i[None, None, :]
+        where = at[:, :, None] * SPAN + (piece * PIECE)[:, None, None] + i[None, None, :]
         inside = is_live[:, :, None] & (i < PIECE)[None, None, :]
         codes = tl.load(keys + where, mask=inside, other=0.0 if FMT == 1 and HARD else 0)
-        one, two = _key_planes(codes, FMT, HARD, FAST, KIND)
-        found = tl.dot(query, tl.permute(one, (0, 2, 1)), begin, input_precision="ieee")
-        if TWO:
-            other = tl.dot(second, tl.permute(two, (0, 2, 1)), begin_second, input_precision="ieee")
-            found = found * key_size.to(tl.float32)[:, None, :] + other * key_size_2.to(tl.float32)[:, None, :]
-            found += query_sum * key_low.to(tl.float32)[:, None, :]
-            found += (UP * second_sum) * key_low_2.to(tl.float32)[:, None, :]
-        else:
-            if FMT == 2:
-                found = tl.dot(second, tl.permute(two, (0, 2, 1)), found, input_precision="ieee")
-            found *= key_size.to(tl.float32)[:, None, :]
-            if FMT == 2:
-                found += (query_sum + UP * second_sum) * key_low.to(tl.float32)[:, None, :]
+        one, two = key_planes(codes, FMT, HARD, FAST, KIND)
+        found = _scores(one, two, numbers, query, query_sum, second, second_sum, FMT, TWO, OFF, UP)
         score = tl.sum(tl.reshape(found, (P, S, R, T)), axis=0)
         mine = start + tl.arange(0, S)[:, None] * T + own[None, :]
         score = tl.where((mine < end)[:, None, :], score, float("-inf"))
@@ -371,54 +336,24 @@ def attention(
 
         weights = _of_each_slice(weight, P, S, R, T)
         shrunk = tl.reshape(tl.broadcast_to(shrink[None, :, :], (P, S, R)), (B, R))[:, :, None]
-        sized = (weights * (value_size.to(tl.float32) * LIFT)[:, None, :]).to(KIND)
-        where = at[:, :, None] * (codes_per_row // 4) + (piece * (PIECE // 4))[:, None, None] + w[None, None, :]
+        where = at[:, :, None] * (SPAN // 4) + (piece * (PIECE // 4))[:, None, None] + w[None, None, :]
         words = tl.load(value_words + where, mask=is_live[:, :, None] & (w < PIECE // 4)[None, None, :], other=0)
-        v0, v1, v2, v3 = _value_planes(words, FMT, HARD, FAST, KIND)
-        a0 = tl.dot(sized, v0, a0 * shrunk, input_precision="ieee")
-        a1 = tl.dot(sized, v1, a1 * shrunk, input_precision="ieee")
-        a2 = tl.dot(sized, v2, a2 * shrunk, input_precision="ieee")
-        a3 = tl.dot(sized, v3, a3 * shrunk, input_precision="ieee")
+        sized = (weights * _wide(numbers[1], LIFT)).to(KIND)
+        sums = _with_values(sums, shrunk, sized, value_planes(words, FMT, HARD, FAST, KIND))
         if FMT == 2:
-            if TWO:
-                sized = (weights * (value_size_2.to(tl.float32) * (LIFT / UP))[:, None, :]).to(KIND)
-            else:
-                sized = (weights * (value_size.to(tl.float32) * (LIFT / UP))[:, None, :]).to(KIND)
-            v0, v1, v2, v3 = _high_planes(words, FAST, KIND)
-            h0 = tl.dot(sized, v0, h0 * shrunk, input_precision="ieee")
-            h1 = tl.dot(sized, v1, h1 * shrunk, input_precision="ieee")
-            h2 = tl.dot(sized, v2, h2 * shrunk, input_precision="ieee")
-            h3 = tl.dot(sized, v3, h3 * shrunk, input_precision="ieee")
-            least = least * shrunk + weights * value_low.to(tl.float32)[:, None, :]
-            if TWO:
-                least_2 = least_2 * shrunk + weights * value_low_2.to(tl.float32)[:, None, :]
-
-        key_size, value_size = next_key_size, next_value_size
-        if FMT == 2:
-            key_low, value_low = next_key_low, next_value_low
+            sized = (weights * _wide(numbers[5 if TWO else 1], LIFT / UP)).to(KIND)
+            sums_2 = _with_values(sums_2, shrunk, sized, high_planes(words, FAST, KIND))
+            least = least * shrunk + weights * _wide(numbers[3], 1.0)
         if TWO:
-            key_size_2, value_size_2 = next_key_size_2, next_value_size_2
-            key_low_2, value_low_2 = next_key_low_2, next_value_low_2
+            least_2 = least_2 * shrunk + weights * _wide(numbers[7], 1.0)
+        numbers = next_numbers
 
-    BD: tl.constexpr = triton.next_power_of_2(D)
     number = kv * SPLITS + split
     own_parts = slices + number * (S * SHARE * (BD + 2))
     mine = own_parts + (slice_[:, None] * SHARE + r[None, :]) * (BD + 2)
-    lowest = tl.zeros((B, R, 1), tl.float32)
+    _put_sums(mine, sums, least, piece, r, w, LIFT, SHARE, PIECE, PIECES)
     if FMT == 2:
-        lowest = tl.sum(least, axis=2)[:, :, None]
-    _put_part(mine, a0 / LIFT + lowest, piece, 0, r, w, SHARE, PIECE, PIECES)
-    _put_part(mine, a1 / LIFT + lowest, piece, 1, r, w, SHARE, PIECE, PIECES)
-    _put_part(mine, a2 / LIFT + lowest, piece, 2, r, w, SHARE, PIECE, PIECES)
-    _put_part(mine, a3 / LIFT + lowest, piece, 3, r, w, SHARE, PIECE, PIECES)
-    if FMT == 2:
-        if TWO:
-            lowest = tl.sum(least_2, axis=2)[:, :, None]
-        mine += HALF
-        _put_part(mine, h0 / LIFT + lowest, piece, 0, r, w, SHARE, PIECE, PIECES)
-        _put_part(mine, h1 / LIFT + lowest, piece, 1, r, w, SHARE, PIECE, PIECES)
-        _put_part(mine, h2 / LIFT + lowest, piece, 2, r, w, SHARE, PIECE, PIECES)
-        _put_part(mine, h3 / LIFT + lowest, piece, 3, r, w, SHARE, PIECE, PIECES)
+        _put_sums(mine + HALF, sums_2, least_2 if TWO else least, piece, r, w, LIFT, SHARE, PIECE, PIECES)
     s = tl.arange(0, S)
     mine = own_parts + (s[:, None] * SHARE + r[None, :]) * (BD + 2) + BD
     asked = (r < SHARE)[None, :] & (s >= 0)[:, None]
