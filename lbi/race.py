@@ -137,11 +137,11 @@ def enter(
     if why:
         about["why_not"] = why
         return None
-    from lbi import steps
+    from lbi import scoring
     from lbi.shared_model import give_memory_back, held_bytes
 
     before = held_bytes()
-    steps.score_quality(config, dict(request), engine, record, phases)
+    scoring.score_quality(config, dict(request), engine, record, phases)
     with phases("warm again"):
         give_memory_back()
         engine.generate(prompt, config.workload.new_tokens, seed=0)

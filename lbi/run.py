@@ -143,7 +143,7 @@ class Ready:
 def _run(
     config: LbiConfig, request: dict[str, Any], record: Record, phases: Phases, shared: Shared | None = None
 ) -> None:
-    from lbi import measuring, race, steps
+    from lbi import measuring, race, scoring, steps
     from lbi.look_inside import look_inside
 
     ready = make_ready(config, request, record, phases, checked=True, shared=shared)
@@ -156,9 +156,9 @@ def _run(
         record.effective["lossless"] = ready.check(tokens)
     record.text = {"prompt_tokens": len(prompt), "tokens": tokens, "text": ready.loaded.decode(tokens)}
     steps.place_on_roofline(config, request, model, layers, ready.drafting, len(prompt), record, phases)
-    steps.compare_text(config, request, tokens, record)
+    scoring.compare_text(config, request, tokens, record)
     if "mean_kld" not in record.metrics | record.missing:
-        steps.score_quality(config, request, engine, record, phases)
+        scoring.score_quality(config, request, engine, record, phases)
     look_inside(config, engine, model, prompt, layers, record, phases)
     steps.trace(config, engine, prompt, record, phases)
 

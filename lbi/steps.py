@@ -1,31 +1,27 @@
 """The steps of a run, each of which reads the config and adds to the record.
 
 In order: quantize and audit, the plain path for comparison, warm up, measure (measuring.py, the
-only timed region), place on the roofline, score, trace.
+only timed region), place on the roofline, score (scoring.py), trace.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from lbi import environment, identity, kept_choices, lossless, quality, quantizing, roofline, rules, tracing
+from lbi import environment, identity, kept_choices, lossless, quantizing, roofline, rules, tracing
 from lbi.compilers import CompilerState, counters, start_of
 from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig
-from lbi.cost import OWN, REPLAYED, SHARED
 from lbi.draft_models import Draft, drafts_from
 from lbi.engines import Engine, Generation, make, plain_engine, steps_to_look_at
 from lbi.engines.cache import in_pieces
 from lbi.errors import BadNumerics, NotApplied, Unsupported
-from lbi.files import BadFile, read_json, write_json
 from lbi.metrics import (
     model_bandwidth_utilization,
     prefill_flop,
@@ -36,7 +32,6 @@ from lbi.quantizers import assign, audit, custom, gemlite, one_row
 from lbi.quantizers.int8_layers import quantize_embeddings
 from lbi.quantizers.options import PLAIN, option, part_names, parts
 from lbi.record import Record
-from lbi.store import SCHEMA
 
 PLAIN_COMPILER = CompilerConfig(name="eager", backend="eager")
 PLAIN_DECODING = DecodingConfig(name="greedy", kind="greedy")
@@ -105,24 +100,28 @@ def quantize(
 
     weights = quantizing.Weights(config.model, assignment, quantizer.embeddings)
     had = quantizing.have(config, model, weights, kept_in, phases, "quantize", make)
-    undone = before.restore()
+    record.effective["settings_undone"] = before.restore()
     with phases("audit"):
         layers = audit.read_layers(model, frozenset(assignment))
         audit.check(layers, assignment, quantizer.name)
         gc.collect()
-        summary = audit.summarize(layers)
-        weight_bytes = audit.weight_bytes(model)
+        _note_quantized(model, layers, had, record)
     had.keep(model, weights, phases)
+    return layers
+
+
+def _note_quantized(model: Any, layers: list[audit.Layer], had: quantizing.Had, record: Record) -> None:
+    """Record what the model is made of now, what that took, and what it runs on."""
+    summary = audit.summarize(layers)
     record.metrics |= {
         "quantize_s": had.quantize_s,
-        "weight_bytes": float(weight_bytes),
+        "weight_bytes": float(audit.weight_bytes(model)),
         "bits_per_weight": summary["bits_per_weight"],
         "quantized_fraction": summary["quantized_fraction"],
     }
     record.effective |= {
         "weights": summary,
         **had.effective(),
-        "settings_undone": undone,
         "attention": getattr(model.config, "_attn_implementation", None),
         "threads": torch.get_num_threads(),
         "cores": environment.cores(),
@@ -132,7 +131,6 @@ def quantize(
         record.missing["quantized_load_s"] = "no kept weights were read"
     else:
         record.metrics["quantized_load_s"] = had.load_s
-    return layers
 
 
 def quantize_draft(
@@ -361,77 +359,6 @@ def place_on_roofline(
     else:
         metrics["mbu_nominal"] = model_bandwidth_utilization(bytes_per_token, speed, nominal)
     record.effective["peaks"] = peaks
-
-
-def score(
-    config: LbiConfig, request: dict[str, Any], engine: Engine, tokens: list[int], record: Record, phases: Phases
-) -> None:
-    """Text and quality against the stored reference of the unquantized model."""
-    compare_text(config, request, tokens, record)
-    score_quality(config, request, engine, record, phases)
-
-
-def compare_text(config: LbiConfig, request: dict[str, Any], tokens: list[int], record: Record) -> None:
-    """Where the greedy text leaves that of the unquantized model."""
-    folders = {name: Path(folder) for name, folder in request["references"].items()}
-    no_reference = request["reference_problem"] or "there is no reference"
-    greedy = read_json(folders["greedy"] / "greedy.json", SCHEMA)
-    if config.decoding.kind != "greedy":
-        record.missing["first_divergence"] = "sampled tokens are not compared"
-    elif config.decoding.grammar is not None:
-        record.missing["first_divergence"] = "tokens that follow a grammar are not compared"
-    elif greedy is None:
-        record.missing["first_divergence"] = no_reference
-    else:
-        record.metrics["first_divergence"] = float(quality.first_divergence(tokens, greedy["tokens"]))
-
-
-def score_quality(config: LbiConfig, request: dict[str, Any], engine: Engine, record: Record, phases: Phases) -> None:
-    """The teacher-forced pass, or one that would be the same, against the unquantized model's logits."""
-    folders = {name: Path(folder) for name, folder in request["references"].items()}
-    no_reference = request["reference_problem"] or "there is no reference"
-    if not config.quality.enabled:
-        record.missing["mean_kld"] = "quality=off"
-    elif not folders["logits"].exists():
-        record.missing["mean_kld"] = no_reference
-    else:
-        with phases("quality"):
-            own_pass = config.compiler.prefill or config.engine.kind == "fused" or not config.cache.lossless
-            shares = config.resources.shared_quality
-            is_reference = config.quantizer.family == "none" and not own_pass and shares
-            forward = None if is_reference else engine.forward
-            # What autoquant chose rests on times, and may be another choice in another cell of the same setting.
-            target = folders["quality"] if shares and config.quantizer.family != "autoquant" else None
-            found, origin, pass_s = _quality(forward, folders["logits"], target)
-        record.metrics |= found
-        record.effective["quality_from"] = origin
-        record.cost |= {"quality": origin, "quality_pass_s": pass_s}
-
-
-def _quality(
-    forward: Callable[[list[int]], Any] | None, reference: Path, target: Path | None
-) -> tuple[dict[str, float | None], str, float | None]:
-    """Quality metrics, where they are from (this run, or a pass that would be the same), and the seconds of that pass.
-
-    Cells that differ only in how they decode (cache, decode compiler, workload) have one
-    teacher-forced pass in common, so it is done once and kept in `target`; None is not to
-    share it. `forward` is None where that pass is the reference's own: its stored logits are
-    then compared with themselves.
-    """
-    try:
-        known = read_json(target / "quality.json", SCHEMA) if target else None
-    except BadFile:
-        known = None
-    if known is not None:
-        return known["metrics"], SHARED, known.get("seconds")
-    start = time.perf_counter()
-    pieces = json.loads((reference / "pieces.json").read_text())
-    stored = np.load(reference / "logits.npy", mmap_mode="r")
-    found = quality.score(forward or quality.replay(stored), pieces, stored)
-    seconds = time.perf_counter() - start
-    if target:
-        write_json(target / "quality.json", {"schema": SCHEMA, "metrics": found, "seconds": seconds})
-    return found, OWN if forward else REPLAYED, seconds
 
 
 def trace(config: LbiConfig, engine: Engine, prompt: list[int], record: Record, phases: Phases) -> None:

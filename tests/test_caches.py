@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lbi import environment, identity, reference, steps
+from lbi import environment, identity, reference, scoring, steps
 from lbi.config import CacheConfig, LbiConfig
 from lbi.engines import make, sliding
 from lbi.engines.cache import CHUNK, quantized_cache
@@ -359,8 +359,8 @@ def test_a_lossy_cache_is_scored_and_not_held_to_the_plain_path(
     request = {"references": folders, "reference_problem": None}
     record = Record(tmp_path, Phases(tmp_path))
     with pytest.raises(NotApplied, match="asked"):
-        steps.score(lossy, request, Engine(), [1], record, Phases(tmp_path))  # type: ignore[arg-type]
-    steps.score(exact, request, Engine(), [1], record, Phases(tmp_path))  # type: ignore[arg-type]
+        scoring.score(lossy, request, Engine(), [1], record, Phases(tmp_path))  # type: ignore[arg-type]
+    scoring.score(exact, request, Engine(), [1], record, Phases(tmp_path))  # type: ignore[arg-type]
     assert asked == [[1, 2, 3]]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from test_steps import FakeEngine
 
-from lbi import measuring, race, steps
+from lbi import measuring, race, scoring
 from lbi.children import Stop
 from lbi.collect import rows
 from lbi.config import LbiConfig
@@ -164,14 +164,14 @@ def test_the_own_quality_comes_first_and_another_warm_up_after_it(
         assert engine.calls == 0
         record.metrics |= {"mean_kld": 0.1, "mean_kld_se": 0.01}
 
-    monkeypatch.setattr(steps, "score_quality", score)
+    monkeypatch.setattr(scoring, "score_quality", score)
     record.metrics |= {"weight_bytes": 90.0, "kv_bytes": 10.0}
     found = race.enter(config("measure.race=true"), {"rivals": [RIVAL]}, engine, [1], record, record.phases)  # type: ignore[arg-type]
     assert found == Race(OWN, [Rival(**RIVAL)])
     assert engine.calls == 1
     assert record.effective["race"].keys() == {"rivals", "left_bytes"}
     record.metrics.pop("mean_kld")
-    monkeypatch.setattr(steps, "score_quality", lambda *_: None)
+    monkeypatch.setattr(scoring, "score_quality", lambda *_: None)
     assert race.enter(config("measure.race=true"), {"rivals": []}, engine, [1], record, record.phases) is None  # type: ignore[arg-type]
 
 
