@@ -251,16 +251,11 @@ def _result(row: Row) -> dict[str, Any]:
 
 
 def _clocks() -> str:
-    """SM and memory clock in MHz as they are right after the last generation."""
-    try:
-        import pynvml
+    """SM and memory clock in MHz of the GPU in use, as they are right after the last generation."""
+    from lbi import gpu_clocks
 
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        kinds = (pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM)
-        return "/".join(str(pynvml.nvmlDeviceGetClockInfo(handle, kind)) for kind in kinds)
-    except Exception:  # pynvml raises its own, which cannot be named where it is not installed
-        return ""
+    now = gpu_clocks.read()
+    return f"{now['sm_mhz']}/{now['memory_mhz']}" if now else ""
 
 
 def _line(found: dict[str, Any]) -> str:
