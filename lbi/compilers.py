@@ -77,7 +77,13 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def compile_function(function: Callable[..., Any], config: CompilerConfig) -> Callable[..., Any]:
-    """`function` compiled by inductor as the config says."""
+    """`function` compiled by inductor as the config says.
+
+    With `dynamic`, the numbers that a model holds (an epsilon, a scale) would be symbols, too: dynamo then traces the
+    model and hands it on a first time for nothing, and starts again with them as constants.
+    """
+    if config.dynamic:
+        torch._dynamo.config.specialize_float = True
     compiled: Callable[..., Any] = torch.compile(
         function,
         backend="inductor",
