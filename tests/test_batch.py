@@ -38,6 +38,7 @@ def config(plan: MakePlan, *overrides: str, arch: dict[str, Any] | None = None) 
 
 
 @pytest.mark.parametrize("name", ["gqa3-80", "gqa8-128-tied-llama3", "no-rope", "window"])
+@pytest.mark.slow
 def test_every_sequence_has_the_tokens_that_it_has_alone(plan: MakePlan, name: str) -> None:
     one, five = (config(plan, f"workload.batch={count}", arch=SHAPES[name]) for count in (1, 5))
     model = load(one.model, one.engine).model
@@ -73,7 +74,7 @@ def test_sequences_do_not_see_each_other(plan: MakePlan) -> None:
     assert len({tuple(text) for text in buffers.tokens[:, 5:14].tolist()}) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_compiled_step_has_all_sequences(plan: MakePlan) -> None:
     one, three = (config(plan, f"workload.batch={count}", "compiler=inductor") for count in (1, 3))
     model = load(one.model, one.engine).model
@@ -107,6 +108,7 @@ def test_a_batch_of_one_is_no_new_measurement(plan: MakePlan) -> None:
         (["engine=loop", "cache=sliding"], "cache=sliding holds one sequence"),
     ],
 )
+@pytest.mark.slow
 def test_what_has_room_for_one_sequence_is_pruned_and_refused(plan: MakePlan, overrides: list[str], part: str) -> None:
     cell = plan(*overrides, "workload.batch=2").cells[0]
     assert (cell.verdict, cell.rule) == (PRUNED, "batch_has_room")
@@ -117,6 +119,7 @@ def test_what_has_room_for_one_sequence_is_pruned_and_refused(plan: MakePlan, ov
         make(unruled, None, slots=40)
 
 
+@pytest.mark.slow
 def test_a_run_tells_the_speed_of_one_from_that_of_all(run_lbi: Callable[..., Any], tmp_path: Path) -> None:
     ran = run_lbi(
         *["-m", "model=tiny_random", "model.dtype=float32", "engine=loop", "cache=static", "tracker=none"],

@@ -268,6 +268,7 @@ def test_bytes_are_those_of_the_tensors(config: Callable[..., LbiConfig], name: 
 
 
 @pytest.mark.parametrize("cache", ["static_int8", "sliding"])
+@pytest.mark.slow
 def test_the_whole_step_is_one_compiled_graph(config: Callable[..., LbiConfig], cache: str) -> None:
     from lbi.compilers import counters
 
@@ -321,6 +322,7 @@ def test_engine_fused_decodes_through_the_cache(config: Callable[..., LbiConfig]
 @pytest.mark.parametrize(
     ("script", "said"), [("interpreted_cache", "9 formats"), ("compiled_cache", "sm_90: 9 kernels")]
 )
+@pytest.mark.slow
 def test_the_gpu_kernels_do_what_torch_does_and_compile(script: str, said: str) -> None:
     """In Triton's interpreter, or for a GPU that is not here: each takes over its whole process."""
     file = Path(__file__).parent / f"{script}.py"

@@ -80,6 +80,7 @@ REAL_PACKAGES = environment.packages()
         ({"bits": 4}, (), "no loader for unknown weights"),
     ],
 )
+@pytest.mark.slow
 def test_what_transformers_needs_is_asked_of_the_plan(
     plan: MakePlan,
     tmp_path: Path,
@@ -330,6 +331,7 @@ def measured(run_lbi: Callable[..., Any], tmp_path: Path, sweep: str, *overrides
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_whole_way_with_and_without_a_base(run_lbi: Callable[..., Any], tmp_path: Path) -> None:
     """With torchao, whose packed weights transformers keeps: no package is needed that lbi does not have."""
     from torchao.quantization import Int8WeightOnlyConfig
@@ -426,6 +428,7 @@ def test_compressed_tensors_are_read_as_the_dense_layers_that_run(
     assert len(torch.unique((layer.weight / layer.weight_scale.repeat_interleave(group or 256, 1)).round())) <= 2**bits
 
 
+@pytest.mark.slow
 def test_the_whole_way_with_compressed_tensors(run_lbi: Callable[..., Any], tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     save_base(tmp_path / "base")

@@ -419,6 +419,7 @@ def test_a_manifest_has_the_units_and_what_a_pod_needs(rented: Callable[..., Pla
     assert job.parcelled(documents[0]["data"]["units"], 0).unit.tasks == list(units[0].tasks)
 
 
+@pytest.mark.slow
 def test_the_examples_in_the_docs_are_what_is_rendered(tmp_path: Path) -> None:
     subprocess.run([str(ROOT / "scripts" / "cloud" / "render-examples"), str(tmp_path)], check=True, timeout=120)
     made = {str(file.relative_to(tmp_path)): file.read_text() for file in tmp_path.rglob("*.yaml")}

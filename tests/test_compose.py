@@ -67,7 +67,8 @@ def check_against_hydra(folder: Path, arguments: list[str], sample: int, name: s
     return composer
 
 
-@pytest.mark.parametrize("sample", [150, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sample", [150, pytest.param(500, marks=pytest.mark.by_hand)])
+@pytest.mark.slow
 def test_random_cells_of_the_projects_own_groups_equal_hydras(sample: int) -> None:
     arguments = ["hydra/sweeper=basic", "hydra/launcher=basic", *PROJECT_GRID]
     composer = check_against_hydra(ROOT / "conf", arguments, sample=sample)
@@ -102,6 +103,7 @@ def tree() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_interpolations_nested_groups_and_global_packages_equal_hydras(tmp_path: Path) -> None:
     write_tree(tmp_path, tree())
     arguments = [

@@ -27,6 +27,7 @@ def test_every_rule_has_an_example_that_it_refuses() -> None:
         assert constraints.reason(name), name
 
 
+@pytest.mark.slow
 def test_the_page_is_up_to_date() -> None:
     if environment.gpus():
         pytest.skip("the page is made on a machine without a GPU")
@@ -37,7 +38,7 @@ def test_the_page_is_up_to_date() -> None:
 TRIED = [name for name, example in constraints.EXAMPLES.items() if example.proof == constraints.TRIED]
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("name", TRIED)
 def test_what_is_refused_fails_or_is_silently_wrong(name: str, tmp_path: Path) -> None:
     """When this fails the cell ran: the library has mended what the rule rests on, or it never was so."""
@@ -54,7 +55,7 @@ def test_a_loop_that_keeps_the_wrong_rope_is_no_tie(dtype: str, tmp_path: Path) 
     assert outcome(overrides, tmp_path)[0] == "numerics"
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_what_no_rule_refuses_ends_with_a_number(tmp_path: Path) -> None:
     """The same way of trying, on cells that can run: the trials above do not fail for a reason of their own."""
     for overrides in ((), ("engine=loop", "cache=static"), ("engine=loop", "cache=sliding", "cache.window=16")):

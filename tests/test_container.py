@@ -146,6 +146,7 @@ def test_versions_are_those_of_setup(steps: list) -> None:
 # What is sent to the builder
 
 
+@pytest.mark.slow
 def test_everything_that_is_copied_is_sent(steps: list, sent: Path) -> None:
     for step in steps:
         if step.name == "COPY" and "--from" not in step.rest:
@@ -191,6 +192,7 @@ def source(walk: ModuleType, steps: list, sent: Path, tmp_path: Path) -> Path:
     return tmp_path / "wheel" / stage.folder.lstrip("/")
 
 
+@pytest.mark.slow
 def test_the_wheel_of_what_is_sent_is_whole(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("hatchling")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation"]

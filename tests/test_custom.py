@@ -224,6 +224,7 @@ def test_a_quantizer_edited_after_the_plan_is_not_measured_under_the_plans_name(
         steps.check_request(nowhere, {"run_id": cell.run_id})
 
 
+@pytest.mark.slow
 def test_the_whole_way_from_a_file_in_the_current_folder(run_lbi: Callable[..., Any], tmp_path: Path) -> None:
     """With the README's own example."""
     (example,) = (block for block in README.read_text().split("```python\n") if block.startswith("# mine.py"))

@@ -82,6 +82,7 @@ def test_extensions_in_words(found: dict[str, Any], words: str) -> None:
     assert in_words(found) == words
 
 
+@pytest.mark.slow
 def test_doctor_prints_it_all(run_lbi: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = run_lbi("doctor", TORCHAO_FORCE_SKIP_LOADING_SO_FILES="1")
     assert "Traceback" not in done.stderr + done.stdout

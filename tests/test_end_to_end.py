@@ -157,6 +157,7 @@ def test_the_verbs_know_only_the_store(bench: Bench) -> None:
     assert bench.run("collect", "mai")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_partly_applied_quantizer_never_gives_a_number(bench: Bench) -> None:
     """192 inputs are not divided by 128: torchao leaves those layers, without an error."""
     wide = ["model.arch.hidden_size=192", "model.arch.num_attention_heads=6", "model.arch.num_key_value_heads=2"]
@@ -171,6 +172,7 @@ def test_a_partly_applied_quantizer_never_gives_a_number(bench: Bench) -> None:
     assert row["decode_tok_s"] == ""
 
 
+@pytest.mark.slow
 def test_compiling_is_checked_and_counted(bench: Bench) -> None:
     code, output = bench.run(*GRID, "compiler=inductor", "cache=static", "quality=off", "sweep.name=compiled")
     assert code == 0, output
@@ -182,6 +184,7 @@ def test_compiling_is_checked_and_counted(bench: Bench) -> None:
     assert number(row, "compile_s") > 0
 
 
+@pytest.mark.slow
 def test_an_unknown_inductor_option_is_unsupported_with_a_hint(bench: Bench) -> None:
     cell = [*GRID, "compiler=inductor", "cache=static", "quality=off", "sweep.name=misspelt"]
     code, _ = bench.run(*cell, "+compiler.options.max_autotun=true")
@@ -191,6 +194,7 @@ def test_an_unknown_inductor_option_is_unsupported_with_a_hint(bench: Bench) -> 
     assert "max_autotune" in row["reason"]
 
 
+@pytest.mark.slow
 def test_sampling_is_repeatable_for_a_seed(bench: Bench) -> None:
     code, output = bench.run(
         *GRID, "decoding=sampling", "decoding.seed=1,2", "cache=dynamic,static", "quality=off", "sweep.name=sampled"
@@ -227,6 +231,7 @@ INTERRUPTED = [*GRID, "quality=off", "measure.cooldown_s=0.4"]
 
 
 @pytest.mark.parametrize("victim", ["child", "driver", "driver with Ctrl-C"])
+@pytest.mark.slow
 def test_whatever_is_killed_loses_no_finished_cell(tmp_path: Path, victim: str) -> None:
     bench = Bench(tmp_path)
     grid = [*INTERRUPTED, "quantizer=none,int8_wo,hqq4", "sweep.name=killed"]
@@ -267,6 +272,7 @@ def test_whatever_is_killed_loses_no_finished_cell(tmp_path: Path, victim: str) 
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
 
 
+@pytest.mark.slow
 def test_a_damaged_store_is_reported_and_repaired(bench: Bench) -> None:
     row = bench.rows("main")[2]
     metrics = Path(row["folder"]) / "metrics.json"
@@ -282,6 +288,7 @@ def test_a_damaged_store_is_reported_and_repaired(bench: Bench) -> None:
     assert [row["status"] for row in bench.rows("main")] == ["ok"] * 8
 
 
+@pytest.mark.slow
 def test_a_trace_is_taken_after_the_measurement(bench: Bench) -> None:
     code, _ = bench.run(*GRID, "workload.new_tokens=12", "quality=off", "trace=kernels", "sweep.name=traced")
     assert code == 0

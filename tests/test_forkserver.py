@@ -68,6 +68,7 @@ def run(server: ForkServer, folder: Path) -> tuple[int, dict[str, Any]]:
     return code, json.loads((folder / "seen.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_child_has_torch_and_shares_nothing_else(server: ForkServer, tmp_path: Path) -> None:
     assert server.refusal is None
     for name in ("one", "two"):
@@ -102,6 +103,7 @@ def test_a_killed_child_takes_nothing_with_it(server: ForkServer, tmp_path: Path
     assert run(server, tmp_path)[0] == 3
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_takes_its_children_with_it(tmp_path: Path) -> None:
     (tmp_path / "fake_run.py").write_text(MODULE)
     (tmp_path / "sleep").touch()
@@ -138,6 +140,7 @@ def test_it_refuses_what_does_not_import(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "does not import" in str(forkserver._import_all())
 
 
+@pytest.mark.slow
 def test_imports_on_a_machine_with_a_gpu_do_not_initialize_cuda() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PRETENDED], capture_output=True, text=True, timeout=120, check=False,

@@ -206,6 +206,7 @@ def test_the_unquantized_model_has_the_machine_to_itself(tasks: Any, store: Stor
     assert processes[0]["pid"] != processes[1]["pid"] == processes[2]["pid"]
 
 
+@pytest.mark.slow
 def test_stopping_and_running_out_of_time_are_as_ever(tasks: Any, store: Store) -> None:
     unit = tasks("ok", "hang", "ok", run_timeout_s=1.0, stop_grace_s=0.3)
     have_references(store, unit)

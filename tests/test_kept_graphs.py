@@ -52,6 +52,7 @@ def keys(plan: Plan) -> list[str | None]:
         (("compiler=inductor", "+compiler.options.cpp.threads=1,2"), 2),
     ],
 )
+@pytest.mark.slow
 def test_cells_share_a_graph_where_its_code_is_the_same(
     plan: MakePlan, arguments: tuple[str, ...], graphs: int
 ) -> None:

@@ -93,6 +93,7 @@ def forms(model: Any, names: list[str]) -> dict[str, layer_forms.Form]:
 
 
 @pytest.mark.parametrize(("name", "knobs"), FAMILIES, ids=lambda value: str(value))
+@pytest.mark.slow
 def test_kept_weights_are_the_very_tensors_and_make_the_same_tokens(
     name: str, knobs: dict[str, Any], cell: LbiConfig, tmp_path: Path
 ) -> None:
@@ -289,6 +290,7 @@ def changed(file: Path, **fields: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.slow
 def test_a_damaged_entry_counts_as_absent_is_told_and_is_replaced(kind: str, cell: LbiConfig, tmp_path: Path) -> None:
     config, store = replace(cell, quantizer=option("native_w4")), tmp_path / "quantized"
     fresh, _, _ = had(config, tmp_path / "1", store)
@@ -337,6 +339,7 @@ def test_a_full_disk_is_a_note_in_the_result(cell: LbiConfig, tmp_path: Path, mo
     assert list(store.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_file_system_that_takes_no_more_is_a_note_too(cell: LbiConfig, tmp_path: Path) -> None:
     """A limit on the size of files, which safetensors runs into while it writes."""
     store = tmp_path / "quantized"
@@ -420,6 +423,7 @@ storages.write = killed
 """
 
 
+@pytest.mark.slow
 def test_a_writer_that_was_killed_leaves_nothing_that_is_used(cell: LbiConfig, tmp_path: Path) -> None:
     config, store = replace(cell, quantizer=option("native_w8")), tmp_path / "quantized"
     ended = in_a_process(KILLED, config, tmp_path)
@@ -532,6 +536,7 @@ def test_the_draft_of_speculative_decoding_is_kept_too(plan: Callable[..., Plan]
     assert found == ["fresh", "cached"]
 
 
+@pytest.mark.slow
 def test_a_sweep_quantizes_once_for_the_cells_that_share_it(run_lbi: Callable[..., Any], tmp_path: Path) -> None:
     """The second sweep adds a quantizer, and pays for that alone."""
     grid = ["-m", "model=tiny_random", "tracker=none", "measure=brief", "quality=off", "measure.repetitions=1,2"]

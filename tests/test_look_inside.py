@@ -104,6 +104,7 @@ def test_a_prefill_that_unpacks_is_not_blamed_on_the_decode_step(looked_into: Ca
     assert record.metrics["unpacked_bytes_per_token"] == 0
 
 
+@pytest.mark.slow
 def test_a_compiled_graph_that_unpacks_is_found_although_its_buffers_are_used_again(
     looked_into: Callable[..., Record],
 ) -> None:

@@ -106,6 +106,7 @@ def largest_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.slow
 def test_greedy_tokens_and_logits_are_those_of_generate(config: Callable[..., LbiConfig], name: str) -> None:
     cell = config(arch=SHAPES[name])
     model = load(cell.model, cell.engine).model
@@ -129,6 +130,7 @@ def test_greedy_tokens_and_logits_are_those_of_generate(config: Callable[..., Lb
 @pytest.mark.parametrize(
     "quantizer", ["int8_wo", "int8_da", "int4_wo", "hqq4", "intx_sim", "int8_pack", "fp8_wo", "bitnet", "rsr"]
 )
+@pytest.mark.slow
 def test_quantized_weights_give_generates_tokens_too(
     config: Callable[..., LbiConfig], tmp_path: Path, quantizer: str
 ) -> None:
@@ -154,6 +156,7 @@ def test_quantized_weights_give_generates_tokens_too(
     ],
 )
 @pytest.mark.parametrize("engine", ["loop", "fused"])
+@pytest.mark.slow
 def test_a_seed_draws_the_tokens_that_generate_draws_for_it(
     config: Callable[..., LbiConfig], engine: str, settings: list[str]
 ) -> None:
@@ -239,6 +242,7 @@ def test_attention_is_not_the_slow_kind(config: Callable[..., LbiConfig]) -> Non
 
 
 @pytest.mark.parametrize("knobs", [["decoding=greedy"], ["decoding=sampling", "decoding.repetition_penalty=1.3"]])
+@pytest.mark.slow
 def test_the_whole_step_is_one_compiled_graph(config: Callable[..., LbiConfig], knobs: list[str]) -> None:
     cell = config("compiler=inductor", *knobs)
     model = load(cell.model, cell.engine).model
@@ -441,6 +445,7 @@ def test_the_loop_is_never_the_plain_path_itself(config: Callable[..., LbiConfig
 
 @pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("quantizer", ["none", "int8_wo"])
+@pytest.mark.slow
 def test_decode_steps_are_looked_into_by_token(
     config: Callable[..., LbiConfig], tmp_path: Path, at_once: int, quantizer: str
 ) -> None:
@@ -481,6 +486,7 @@ def test_the_kernels_of_one_replay_are_shared_out_to_its_tokens() -> None:
     assert seen["ms_per_step"] == pytest.approx(4e-3)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_tokens_of_generate(run_lbi: Callable[..., Any], tmp_path: Path) -> None:
     ran = run_lbi(
         *["-m", "model=tiny_random", "model.dtype=float32", "engine=hf,loop", "cache=static", "tracker=none"],
@@ -509,8 +515,9 @@ def prompts(count: int, tokens: int, encode: Callable[[str], list[int]]) -> list
 
 @pytest.mark.model
 @pytest.mark.parametrize(
-    ("count", "new"), [(3, 40), pytest.param(20, 200, marks=pytest.mark.slow, id="20 prompts, 200 tokens")]
+    ("count", "new"), [(3, 40), pytest.param(20, 200, marks=pytest.mark.by_hand, id="20 prompts, 200 tokens")]
 )
+@pytest.mark.slow
 def test_a_real_model_says_what_it_says_to_generate(plan: MakePlan, count: int, new: int) -> None:
     cells = plan("model.dtype=float32", "engine=loop,fused", "cache=static", model="smollm2_135m").cells
     configs = [cell.config for cell in cells if cell.config is not None]

@@ -309,6 +309,7 @@ def test_autoquant_does_not_time_what_has_no_kernel_here(plan: Callable[..., Pla
     assert refused == {"native_w8": "native_w8 has no kernel on a CPU"}
 
 
+@pytest.mark.slow
 def test_the_whole_way_to_the_table(run_lbi: Callable[..., Any], tmp_path: Path) -> None:
     done = run_lbi(
         *("-m", "model=tiny_random", "tracker=none", "measure=brief", "sweep.name=native", "sweep.prune=false"),
@@ -354,6 +355,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
 
 @needs_triton
 @pytest.mark.parametrize("name", FORMS)
+@pytest.mark.slow
 def test_the_interpreted_kernels_are_the_float64_product(name: str, interpreted: dict[str, dict[str, Any]]) -> None:
     found = interpreted[name]
     # Fields of a byte are multiplied by scaled inputs: by up to 64 at 2 bits, which float32 pays for in digits.
@@ -366,6 +368,7 @@ def test_the_interpreted_kernels_are_the_float64_product(name: str, interpreted:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     found = printed("compiled.py", tmp_path, TRITON_CACHE_DIR=str(tmp_path / "triton"))
     assert len(found) == 8
@@ -373,6 +376,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_the_benchmark_goes_its_whole_way_without_a_gpu(tmp_path: Path) -> None:
     """It tunes, writes and reads tiles, and prints a table; what cannot be here are times that mean anything."""
     given = ["--dry-run", "--tune", "--candidates", "1", "--forms", "w8,w4 g32", "--rows", "1,3", "--workers", "0"]

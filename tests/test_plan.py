@@ -56,6 +56,7 @@ def test_choice_range_and_glob_sweeps(plan: MakePlan) -> None:
     assert len(made.cells) == 4 * 2 * 2
 
 
+@pytest.mark.slow
 def test_what_cannot_change_a_number_does_not_change_the_run(plan: MakePlan) -> None:
     base = only(plan()).run_id
     for override in (
@@ -72,6 +73,7 @@ def test_what_cannot_change_a_number_does_not_change_the_run(plan: MakePlan) -> 
         assert only(plan(override)).run_id == base, override
 
 
+@pytest.mark.slow
 def test_what_can_change_a_number_changes_the_run(plan: MakePlan) -> None:
     overrides = (
         "workload.new_tokens=17",

@@ -28,6 +28,7 @@ MIX = "quantizer=mix quantizer.mix={down_proj:int8_wo,default:int4_wo} quantizer
         "quantizer=none model.arch.tie_word_embeddings=true", "quantizer=int8_wo model.dtype=float32",
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_bytes_are_those_that_a_run_finds(plan: Callable[..., Plan], tmp_path: Path, overrides: str) -> None:
     config = plan(*overrides.split(), "workload.prompt_tokens=20", "workload.new_tokens=12").cells[0].config
     assert config is not None

@@ -175,6 +175,7 @@ def test_the_own_quality_comes_first_and_another_warm_up_after_it(
     assert race.enter(config("measure.race=true"), {"rivals": []}, engine, [1], record, record.phases) is None  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_real_run_that_is_beaten_ends_early_with_the_same_quality(plan: Callable[..., Plan], store: Store) -> None:
     brief = ("quantizer=none,int8_wo", "workload.new_tokens=8", "tracker=none", "measure.repetitions=6")
     found = plan("measure.race=true", *brief)

@@ -19,6 +19,7 @@ BRIEF = ["-m", "tracker=none", "measure=quick", "workload=custom", "workload.new
 SHORT = ["quality.tokens=512", "quality.window=256"]
 
 
+@pytest.mark.slow
 def test_the_model_speaks_and_fewer_bits_cost_it_more(run_lbi: Callable[..., Any], tmp_path: Path) -> None:
     rows: dict[str, dict[str, str]] = {}
     for name, cells in {

@@ -105,6 +105,7 @@ def run_here(text: str, file: Path) -> tuple[dict[str, Any], list[int]]:
     return defined, tokens
 
 
+@pytest.mark.slow
 def test_each_kind_of_cell_gives_the_run_s_tokens(store: Store, tmp_path: Path) -> None:
     table = rows(store, "kinds")
     assert [row["status"] for row in table] == ["ok"] * 16
@@ -118,6 +119,7 @@ def test_each_kind_of_cell_gives_the_run_s_tokens(store: Store, tmp_path: Path) 
         assert len(tokens) == 10
 
 
+@pytest.mark.slow
 def test_another_setting_gives_other_tokens(store: Store, tmp_path: Path) -> None:
     """Or the comparison would hold whatever the script did: random weights at 4 bits choose other tokens."""
     text = script.of_result(store, find_result(store, "kinds", "hf hqq4 greedy dynamic"))
@@ -127,6 +129,7 @@ def test_another_setting_gives_other_tokens(store: Store, tmp_path: Path) -> Non
     assert defined["check"](tokens) == 1
 
 
+@pytest.mark.slow
 def test_the_verb_writes_a_script_that_checks_itself(folder: Path, store: Store, tmp_path: Path) -> None:
     file = tmp_path / "recipe.py"
     wrote = lbi(folder, "recipe", "hf int8_pack", "-o", str(file))
@@ -167,7 +170,7 @@ def test_a_run_without_a_number_has_no_recipe(store: Store) -> None:
         script.of_result(store, failed)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_compiled_cell(folder: Path, tmp_path: Path) -> None:
     compiled = ["quantizer=int8_wo", "compiler=inductor", "cache=static", "engine=hf,loop", "sweep.name=compiled"]
     ran = lbi(folder, "-m", *SMALL, *compiled)
@@ -179,7 +182,7 @@ def test_a_compiled_cell(folder: Path, tmp_path: Path) -> None:
         assert tokens == defined["RUN_TOKENS"]
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.model
 def test_real_weights_from_a_gguf_file(folder: Path, tmp_path: Path) -> None:
     cells = ["model=smollm2_135m", "quantizer=int8_pack", "sweep.name=real"]

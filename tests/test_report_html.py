@@ -714,6 +714,7 @@ addEventListener("load", () => setTimeout(() => {
 """
 
 
+@pytest.mark.slow
 def test_a_thousand_rows_can_be_reached_sorted_and_filtered(
     tmp_path: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:

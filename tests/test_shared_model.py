@@ -64,6 +64,7 @@ def read(store: Store, task: Task, name: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_shared_runs_find_what_isolated_ones_find(plan: Callable[..., Plan], store: Store) -> None:
     """Three caches with attention functions of their own, drawn and greedy tokens, one quantized model."""
     other = Store.open(store.root.with_name("isolated"), write=True)
@@ -101,6 +102,7 @@ def check_what_is_told(store: Store, shared: list[Task]) -> None:
     assert own["phases_s"]["quantize"] > 0
 
 
+@pytest.mark.slow
 def test_a_real_process_killed_in_mid_group_takes_only_its_run(plan: Callable[..., Plan], store: Store) -> None:
     def kill(event: Event) -> None:
         if event.kind == "phase" and event.text == "measure" and event.task.config.decoding.kind == "sampling":
@@ -121,7 +123,7 @@ def test_a_real_process_killed_in_mid_group_takes_only_its_run(plan: Callable[..
     assert json.loads((last.folder / "process.json").read_text())["isolation"]["how"] == "process"
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_compiled_runs_that_share_compile_as_if_they_were_alone(plan: Callable[..., Plan], store: Store) -> None:
     unit = measured(
         plan, store, "engine=loop", "cache=static", "compiler=inductor", "decoding=greedy,sampling", "quality=off",

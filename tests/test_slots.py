@@ -88,6 +88,7 @@ def test_every_gpu_is_used_by_one_run_at_a_time(units: MakeUnits, store: Store) 
     assert {event.slot for event in events} == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 def test_tasks_are_taken_in_their_order_the_baseline_first(units: MakeUnits, store: Store) -> None:
     made = units("quantizer=int8_wo,none", "resources.gpus=1", count=3)
     events, _ = execute(made, store)
@@ -184,6 +185,7 @@ def test_ctrl_c_ends_all_running_children_cleanly_and_starts_no_more(units: Make
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait_for_grace(units: MakeUnits, store: Store) -> None:
     made = units("resources.stop_grace_s=120", script="stubborn", count=6)
     began = time.monotonic()

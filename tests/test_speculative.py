@@ -121,6 +121,7 @@ def test_a_lookup_finds_what_a_plain_search_finds() -> None:
         *(("fused", name) for name in ("gqa1-64-tied", "gqa3-80", "gqa8-128-tied-llama3")),
     ],
 )
+@pytest.mark.slow
 def test_greedy_tokens_do_not_depend_on_what_was_drafted(config: MakeConfig, kind: str, name: str) -> None:
     engine_is = f"engine={kind}"
     greedy = config(engine_is, arch=SHAPES[name])
@@ -151,6 +152,7 @@ def test_greedy_tokens_do_not_depend_on_what_was_drafted(config: MakeConfig, kin
 
 @pytest.mark.parametrize("kind", ["loop", "fused"])
 @pytest.mark.parametrize("cache", ["static_int8", "static_fp8", "static_int4"])
+@pytest.mark.slow
 def test_drafts_over_a_low_bit_cache_leave_its_own_greedy_tokens(config: MakeConfig, kind: str, cache: str) -> None:
     """What fell is stored too, and must be written over: codes of older drafts are as good as any."""
     arch = SHAPES["gqa1-64-tied"]
@@ -228,6 +230,7 @@ def chi_square_p(counts: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("source", ["certain", "near", "far"])
 @pytest.mark.parametrize("knobs", [{}, {"top_k": 4, "temperature": 1.7}, {"min_p": 0.1, "repetition_penalty": 2.0}])
+@pytest.mark.slow
 def test_accepted_and_redrawn_tokens_have_the_models_distribution(
     config: MakeConfig, source: str, knobs: dict[str, Any]
 ) -> None:
@@ -308,9 +311,12 @@ def test_a_seed_draws_the_same_text_again_and_penalties_count_what_stood(config:
     "knobs",
     [
         [],
-        pytest.param(["decoding.kind=sampling", "decoding.temperature=0.8", "decoding.seed=0"], marks=pytest.mark.slow),
+        pytest.param(
+            ["decoding.kind=sampling", "decoding.temperature=0.8", "decoding.seed=0"], marks=pytest.mark.by_hand
+        ),
     ],
 )
+@pytest.mark.slow
 def test_each_verification_is_one_compiled_graph(config: MakeConfig, knobs: list[str]) -> None:
     cell = config("compiler=inductor", LOOKUP, "decoding.draft_tokens=3", *knobs)
     model = load(cell.model, cell.engine).model
@@ -435,6 +441,7 @@ def drafted_by(cell: LbiConfig, model: Any, draft: Any, slots: int) -> Any:
         ["cache=static_int8", "decoding=speculative_self", "decoding.draft_quantizer=native_w8"],
     ],
 )
+@pytest.mark.slow
 def test_drafts_of_a_model_leave_the_text_as_it_is(config: MakeConfig, name: str, knobs: list[str]) -> None:
     arch = SHAPES[name] | {"intermediate_size": 160}
     cell = config(*knobs, arch=arch)
@@ -461,10 +468,11 @@ def test_drafts_of_a_model_leave_the_text_as_it_is(config: MakeConfig, name: str
             for shares_cache in (True, False)
             for knobs in ([], SAMPLED, [*SAMPLED, "decoding.repetition_penalty=1.5"])
         ),
-        pytest.param("loop", "inductor", True, SAMPLED, marks=pytest.mark.slow),
-        pytest.param("loop", "inductor", False, [], marks=pytest.mark.slow),
+        pytest.param("loop", "inductor", True, SAMPLED, marks=pytest.mark.by_hand),
+        pytest.param("loop", "inductor", False, [], marks=pytest.mark.by_hand),
     ],
 )
+@pytest.mark.slow
 def test_a_draft_that_is_the_model_is_always_right(
     config: MakeConfig, kind: str, compiler: str, shares_cache: bool, knobs: list[str]
 ) -> None:
@@ -575,6 +583,7 @@ def test_what_drafts_is_part_of_the_identity(plan: MakePlan) -> None:
         ["engine=fused", "cache=static_int4", "decoding=speculative_lookup"],
     ],
 )
+@pytest.mark.slow
 def test_a_run_says_what_was_accepted(run_lbi: Callable[..., Any], tmp_path: Path, knobs: list[str]) -> None:
     ran = run_lbi(
         *["-m", "model=tiny_random", "model.dtype=float32", "engine=loop", "cache=static", "tracker=none", *knobs],

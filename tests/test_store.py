@@ -109,6 +109,7 @@ def test_a_claim_from_another_host_is_live_while_its_heart_beats(store: Store) -
     assert live_owner(attempt.folder)
 
 
+@pytest.mark.slow
 def test_of_two_processes_that_claim_at_once_one_gets_it(store: Store) -> None:
     code = (
         "import sys, time\nfrom lbi.store import Store, AlreadyRunning\n"

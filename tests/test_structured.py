@@ -88,6 +88,7 @@ LIST = {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems"
 @pytest.mark.parametrize("knobs", [["decoding.fast_forward=false"], ["decoding.draft_tokens=5"], []])
 @pytest.mark.parametrize("option", ["structured", "structured_lookup"])
 @pytest.mark.parametrize("kind", ["loop", "fused"])
+@pytest.mark.slow
 def test_tokens_are_those_of_a_mask_at_every_step(
     config: MakeConfig, tokenizer: Any, option: str, kind: str, knobs: list[str]
 ) -> None:
@@ -110,6 +111,7 @@ def test_tokens_are_those_of_a_mask_at_every_step(
 
 @pytest.mark.parametrize("name", SCHEMAS)
 @pytest.mark.parametrize("kind", ["loop", "fused"])
+@pytest.mark.slow
 def test_sampled_texts_follow_their_schema(config: MakeConfig, tokenizer: Any, kind: str, name: str) -> None:
     knobs = ["decoding.kind=sampling", "decoding.temperature=1.0", "decoding.seed=0"]
     cell = config(SCHEMAS[name], f"engine={kind}", *knobs)

@@ -248,6 +248,7 @@ def build(results: Any) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_two_processes_build_at_once_and_leave_one_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LBI_CACHE", str(tmp_path))
     context = get_context("spawn")

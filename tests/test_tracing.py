@@ -371,7 +371,7 @@ def test_pages_by_tlparse_where_it_is_installed(
     assert said in found.get("note", "")
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_what_inductor_made_of_a_real_step(run_lbi: Callable[..., Any], tmp_path: Path) -> None:
     """Compiled a second time, with its caches off, so that the log is whole."""
     ran = run_lbi(

@@ -70,6 +70,7 @@ def put_every_kind(store: Store) -> None:
     )
 
 
+@pytest.mark.slow
 def test_online_says_what_the_store_says(server: FakeWandb, store: Store, home: Path, tmp_path: Path) -> None:
     put_every_kind(store)
     line = track(store, "survey", config())
@@ -119,6 +120,7 @@ def test_online_says_what_the_store_says(server: FakeWandb, store: Store, home: 
         assert not any(secret.encode() in file.read_bytes() for file in store.root.rglob("wandb.json"))
 
 
+@pytest.mark.slow
 def test_nothing_new_costs_nothing(server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     put_every_kind(store)
     first = track(store, "survey", config())
@@ -141,6 +143,7 @@ def test_nothing_new_costs_nothing(server: FakeWandb, store: Store, monkeypatch:
     assert {name.split("-")[0] for name in again if "d" * 12 not in name} <= {"report", "run"}
 
 
+@pytest.mark.slow
 def test_offline_without_a_key(server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY")
     put_every_kind(store)
@@ -166,7 +169,7 @@ def test_offline_without_a_key(server: FakeWandb, store: Store, monkeypatch: pyt
     assert_no_key(store)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_what_was_uploaded_by_hand_gets_its_files(
     server: FakeWandb, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +216,7 @@ def test_online_only_does_not_fall_back(server: FakeWandb, store: Store, monkeyp
     assert not (store.root / "wandb").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_server_that_refuses_means_offline_for_now(server: FakeWandb, store: Store) -> None:
     put_sweep(store)
     server.fail("UpsertBucket", 401, times=1)
@@ -224,6 +227,7 @@ def test_a_server_that_refuses_means_offline_for_now(server: FakeWandb, store: S
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+@pytest.mark.slow
 def test_a_hanging_server_is_bounded_and_leaves_no_process(server: FakeWandb, store: Store, home: Path) -> None:
     put_sweep(store, results=2)
     assert "2 runs online" in track(store, "survey", config())
@@ -263,6 +267,7 @@ def test_a_helper_in_its_own_session_is_ended(home: Path, tmp_path: Path, monkey
     assert processes_of(home) == {}
 
 
+@pytest.mark.slow
 def test_a_run_lives_on_in_other_sweeps_and_attempts(server: FakeWandb, store: Store) -> None:
     put_sweep(store, "first", results=1)
     track(store, "first", config())
@@ -356,6 +361,7 @@ def test_a_proxy_is_the_first_hop(home: Path, monkeypatch: pytest.MonkeyPatch) -
     assert asked == [("proxy.example", 3128), ("inside.example", 443), ("wandb.example", 81), ("127.0.0.1", 9)]
 
 
+@pytest.mark.slow
 def test_artifacts_hold_the_files_of_the_store(server: FakeWandb, store: Store, tmp_path: Path) -> None:
     put_sweep(store)
     (first, second) = of_sweep(store, "survey")
@@ -397,7 +403,7 @@ def test_artifacts_hold_the_files_of_the_store(server: FakeWandb, store: Store, 
     assert set(sweep.files) == {"plan.jsonl", "report.html", "results.csv", "results.parquet", "results.json"}
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_fewer_files_on_request(server: FakeWandb, store: Store) -> None:
     put_sweep(store, results=1)
     (run,) = of_sweep(store, "survey")
@@ -419,6 +425,7 @@ def test_fewer_files_on_request(server: FakeWandb, store: Store) -> None:
     assert server.connections == connections, "what is attached stays attached"
 
 
+@pytest.mark.slow
 def test_offline_then_moved_then_synced_loses_nothing(
     server: FakeWandb, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,6 +445,7 @@ def test_offline_then_moved_then_synced_loses_nothing(
     assert (server.uncommitted, server.unknown, offline_folders(moved)) == ([], [], [])
 
 
+@pytest.mark.slow
 def test_two_machines_say_it_once(server: FakeWandb, store: Store, tmp_path: Path) -> None:
     put_sweep(store)
     copy = tmp_path / "copy"

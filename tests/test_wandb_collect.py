@@ -25,6 +25,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
 def test_results_come_back_as_they_were(
     server: FakeWandb, store: Store, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,7 +53,7 @@ def test_results_come_back_as_they_were(
     assert processes_of(home) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_what_is_here_is_kept_and_what_was_begun_is_left_alone(server: FakeWandb, store: Store, tmp_path: Path) -> None:
     put_sweep(store, results=2)
     assert "2 runs online" in track(store, "survey", config())
@@ -67,6 +68,7 @@ def test_what_is_here_is_kept_and_what_was_begun_is_left_alone(server: FakeWandb
     assert contents(begun) == {"log.txt": b"begun here"}
 
 
+@pytest.mark.slow
 def test_what_cannot_be_had_is_said(
     server: FakeWandb, store: Store, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

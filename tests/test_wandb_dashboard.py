@@ -74,6 +74,7 @@ def put_measured(store: Store) -> None:
     put_plan(store, "survey", *named, cell(3, "f" * 12, quantizer="int8_wo"))
 
 
+@pytest.mark.slow
 def test_the_pages_show_what_was_logged(
     server: FakeWandb, store: Store, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,7 +119,7 @@ def test_the_pages_show_what_was_logged(
     assert whole.summary["workspace"] in said
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_saving_again_replaces(server: FakeWandb, store: Store, tmp_path: Path) -> None:
     put_measured(store)
     place = ["survey", "--store", str(store.root)]
@@ -132,7 +133,7 @@ def test_saving_again_replaces(server: FakeWandb, store: Store, tmp_path: Path) 
     assert len(server.views) == 2, "what somebody has deleted is made again"
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_what_cannot_be_saved_is_said(server: FakeWandb, store: Store, home: Path, monkeypatch: Any) -> None:
     put_measured(store)
     place = ["survey", "--store", str(store.root)]
@@ -162,7 +163,7 @@ def test_every_quantizer_has_its_colour() -> None:
     assert colours(names)["q20"] == colours(names)["q0"]
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_real_sweep_online(server: FakeWandb, run_lbi: Callable[..., Any], home: Path, tmp_path: Path) -> None:
     """Two cells measured, written and shown: no panel refers to a name that a real run does not log."""
     variables = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": str(home)}

@@ -48,13 +48,13 @@ def assert_whole(server: FakeWandb, store: Store, results: int, sweep: str = "su
 @pytest.mark.parametrize(
     ("operation", "status"),
     [
-        pytest.param("CommitArtifact", 500, marks=pytest.mark.slow),
-        pytest.param("PUT /artifacts", 500, marks=pytest.mark.slow),
-        pytest.param("UpsertBucket", 500, marks=pytest.mark.slow),
-        pytest.param("UpsertBucket", 429, marks=pytest.mark.slow),
-        pytest.param("CreateArtifact", 429, marks=pytest.mark.slow),
-        pytest.param("POST /files /file_stream", 500, marks=pytest.mark.slow),
-        pytest.param("POST /files /file_stream", 429, marks=pytest.mark.slow),
+        pytest.param("CommitArtifact", 500, marks=pytest.mark.by_hand),
+        pytest.param("PUT /artifacts", 500, marks=pytest.mark.by_hand),
+        pytest.param("UpsertBucket", 500, marks=pytest.mark.by_hand),
+        pytest.param("UpsertBucket", 429, marks=pytest.mark.by_hand),
+        pytest.param("CreateArtifact", 429, marks=pytest.mark.by_hand),
+        pytest.param("POST /files /file_stream", 500, marks=pytest.mark.by_hand),
+        pytest.param("POST /files /file_stream", 429, marks=pytest.mark.by_hand),
     ],
 )
 def test_errors_that_pass_are_waited_out(
@@ -67,7 +67,7 @@ def test_errors_that_pass_are_waited_out(
     assert processes_of(home) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("operation", ["CommitArtifact", "CreateRunFiles"])
 def test_errors_that_stay_are_bounded(server: FakeWandb, store: Store, home: Path, operation: str) -> None:
     put_sweep(store, results=2)
@@ -82,6 +82,7 @@ def test_errors_that_stay_are_bounded(server: FakeWandb, store: Store, home: Pat
     assert_whole(server, store, 2)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_on_the_way(server: FakeWandb, store: Store, home: Path) -> None:
     put_sweep(store, results=4)
     lines: list[str] = []
@@ -102,6 +103,7 @@ def test_a_server_that_dies_on_the_way(server: FakeWandb, store: Store, home: Pa
     assert_whole(server, store, 4)
 
 
+@pytest.mark.slow
 def test_results_go_online_while_others_are_measured(server: FakeWandb, store: Store, home: Path) -> None:
     put_sweep(store, results=3)
     first, _, last = of_sweep(store, "survey")
@@ -142,6 +144,7 @@ def test_nothing_is_written_beside_a_measurement_on_this_cpu(server: FakeWandb, 
     assert offline_folders(store) == []
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_leaves_no_process(server: FakeWandb, store: Store, home: Path) -> None:
     put_sweep(store, results=2)
     with server.hanging(about=of_sweep(store, "survey")[1].id):
@@ -155,7 +158,7 @@ def test_a_driver_that_is_killed_leaves_no_process(server: FakeWandb, store: Sto
     assert_whole(server, store, 2)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_two_hundred_results_twice(server: FakeWandb, store: Store, home: Path) -> None:
     put_sweep(store, results=200)
     settings = config(runs_per_minute=1e6, timeout_s=60.0)

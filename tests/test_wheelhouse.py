@@ -156,6 +156,7 @@ def installing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 # Collecting
 
 
+@pytest.mark.slow
 def test_everything_is_there_in_versions_that_fit_together(collected: Path) -> None:
     names = {path.name for path in collected.iterdir()}
     assert names == {
@@ -186,6 +187,7 @@ def test_the_list_is_of_what_is_there(collected: Path) -> None:
     assert ("alpha", "1.5") in {(row["name"], row["version"]) for row in facts["wheels"]}
 
 
+@pytest.mark.slow
 def test_all_that_is_missing_is_said_at_once_with_the_way_out(index: Path, tmp_path: Path) -> None:
     done = collect(index, tmp_path / "house", "--extra", "rare")
     assert done.returncode == 2
