@@ -21,7 +21,7 @@ from typing import Any
 
 from lbi import reference, tracing
 from lbi.account import Account
-from lbi.children import LIVES_ON, NOTHING, POLL_S, Child, Ended, Started, Starter, Stop
+from lbi.children import LIVES_ON, NOTHING, POLL_S, Child, Ended, Started, Starter, Stop, phase_of
 from lbi.claims import claimed
 from lbi.config import LbiConfig
 from lbi.endings import goes_on, last_line, spoilt_by, verdict
@@ -194,8 +194,12 @@ class _Bench:
         """Publish how a run ended, unless it must be measured again first because other runs may be the cause."""
         status, reason = how
         cost = self.account.cost(task, attempt.folder, seconds, f"{node_name()} {self.slot.number}")
+        why = ""
         if isolation.after and status in OWN_WORD:
             why = f"{status} after other runs of its process ({reason}); measured again in one of its own"
+        elif isolation.after and status == "crash" and not phase_of(attempt.folder):
+            why = "the process that it was given to ended before it began; measured again in one of its own"
+        if why:
             self.store.publish(attempt, "lost", why, seconds, cost)
             self.report("wait", task, why)
             self.run(task)

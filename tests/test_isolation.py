@@ -158,6 +158,17 @@ def test_a_process_that_ends_between_two_runs_costs_neither(tasks: Any, store: S
     assert process_of(store, unit[2])["isolation"]["how"] == "process"
 
 
+def test_a_run_that_its_process_did_not_live_to_begin_is_measured_all_the_same(tasks: Any, store: Store) -> None:
+    unit = tasks("ok", "late", "ok")
+    have_references(store, unit)
+    run(unit, store)
+    assert statuses(store, unit) == ["ok"] * 3
+    first, second = store.attempts(unit[2].run_id, unit[2].env_id)
+    assert (first["status"], second["status"]) == ("lost", "ok")
+    assert "ended before it began" in first["reason"]
+    assert process_of(store, unit[2])["isolation"]["how"] == "process"
+
+
 def test_what_the_check_refuses_is_isolated_and_says_why(tasks: Any, store: Store) -> None:
     unit = tasks("ok", "ok", "ok")
     have_references(store, unit)

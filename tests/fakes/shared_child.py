@@ -2,7 +2,8 @@
 
     python shared_child.py FIRST_FOLDER SCRIPTS        SCRIPTS: JSON, from workload.new_tokens to a script of child.py
 
-`spoilt` ends well and says that the model cannot be used again; `leave` ends well, and the process with it.
+`spoilt` ends well and says that the model cannot be used again; `leave` ends well, and the process with it; after
+`late` the process ends as it is given the next run.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ def attempt(folder: Path, scripts: dict[str, str]) -> bool:
     script = scripts[str(config["config"]["workload"]["new_tokens"])]
     if script == "oom_if_shared":
         script = "oom" if config["isolation"].get("after") else "ok"
-    child.main(folder, "ok" if script in ("spoilt", "leave") else script)
-    if script == "spoilt":
-        child.write(folder, "verdict.json", status="ok", reason="", spoilt="a weight was written to")
-    if script == "leave":
+    # A verdict is written once, with all it says: the worker may read it at once.
+    child.main(folder, "ok" if script in ("leave", "late") else script)
+    if script == "late":
+        sys.stdin.readline()
+    if script in ("leave", "late"):
         os.kill(os.getpid(), signal.SIGTERM)
     return script != "spoilt"
 
