@@ -24,14 +24,6 @@ from lbi.record import Record
 from lbi.store import SCHEMA
 
 
-def score(
-    config: LbiConfig, request: dict[str, Any], engine: Engine, tokens: list[int], record: Record, phases: Phases
-) -> None:
-    """Text and quality against the stored reference of the unquantized model."""
-    compare_text(config, request, tokens, record)
-    score_quality(config, request, engine, record, phases)
-
-
 def compare_text(config: LbiConfig, request: dict[str, Any], tokens: list[int], record: Record) -> None:
     """Where the greedy text leaves that of the unquantized model."""
     folders = {name: Path(folder) for name, folder in request["references"].items()}

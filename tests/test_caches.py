@@ -361,8 +361,8 @@ def test_a_lossy_cache_is_scored_and_not_held_to_the_plain_path(
     request = {"references": folders, "reference_problem": None}
     record = Record(tmp_path, Phases(tmp_path))
     with pytest.raises(NotApplied, match="asked"):
-        scoring.score(lossy, request, Engine(), [1], record, Phases(tmp_path))  # type: ignore[arg-type]
-    scoring.score(exact, request, Engine(), [1], record, Phases(tmp_path))  # type: ignore[arg-type]
+        scoring.score_quality(lossy, request, Engine(), record, Phases(tmp_path))  # type: ignore[arg-type]
+    scoring.score_quality(exact, request, Engine(), record, Phases(tmp_path))  # type: ignore[arg-type]
     assert asked == [[1, 2, 3]]
 
 
