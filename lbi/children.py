@@ -245,13 +245,29 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _oom_kills() -> int:
-    """Processes the kernel has killed for memory so far, on the whole machine or in the control group."""
-    total = 0
-    for name, key in (("/proc/vmstat", "oom_kill "), ("/sys/fs/cgroup/memory.events", "oom_kill ")):
-        try:
-            lines = Path(name).read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith(key))
-    return total
+def _oom_kills(root: Path = Path("/")) -> int:
+    """Processes the kernel has killed for memory so far: of our control group if one counts them, else of the machine.
+
+    On a shared machine most of those are other people's.
+    """
+    for file in (*_counters_of_the_group(root), root / "proc/vmstat"):
+        with suppress(OSError):
+            found = [line.split()[1] for line in file.read_text().splitlines() if line.startswith("oom_kill ")]
+            if found:
+                return int(found[0])
+    return 0
+
+
+def _counters_of_the_group(root: Path) -> list[Path]:
+    """Where control groups of version 2, then 1, may count kills: under our path, or, in a container, at the top."""
+    mount, own = root / "sys/fs/cgroup", {"": "", "memory": ""}
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            own |= {name: path.strip("/") for name in controllers.split(",") if name in own}
+    paths = ((own[""], own["memory"]), ("", ""))
+    return [
+        file
+        for two, one in paths
+        for file in (mount / two / "memory.events", mount / "memory" / one / "memory.oom_control")
+    ]

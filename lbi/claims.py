@@ -78,8 +78,9 @@ def _clear(folder: Path) -> None:
     away = folder.with_name(f".{folder.name}-{os.getpid()}-{time.monotonic_ns()}")
     folder.rename(away)
     if live_owner(away) is not None:
-        # Somebody had cleared it before, and has claimed it since.
-        away.rename(folder)
+        # Somebody had cleared it before, and has claimed it since, and may have made the folder anew by writing to it.
+        with contextlib.suppress(OSError):
+            away.rename(folder)
     shutil.rmtree(away, ignore_errors=True)
 
 

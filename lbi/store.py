@@ -212,6 +212,7 @@ class Store:
                 owner = live_owner(folder / f"attempt-{latest}")
                 if owner:
                     raise AlreadyRunning(owner)
+                self._finish(run_id, env_id, latest)
             attempt = Attempt(run_id, env_id, latest + 1, folder / f"attempt-{latest + 1}")
             try:
                 # mkdir is the lock: of two drivers that get here, one makes the folder.
@@ -246,6 +247,17 @@ class Store:
         published = self.result(attempt.run_id, attempt.env_id)
         if published is None or published.attempt <= attempt.number:
             write_json(self.run_folder(attempt.run_id, attempt.env_id) / "status.json", outcome)
+
+    def _finish(self, run_id: str, env_id: str, number: int) -> None:
+        """Publish what an attempt came to if its process has not got to it between writing the two files."""
+        folder = self.run_folder(run_id, env_id)
+        try:
+            outcome = read_json(folder / f"attempt-{number}" / "outcome.json", SCHEMA)
+        except BadFile:
+            return
+        published = self.result(run_id, env_id)
+        if outcome and (published is None or published.attempt < number):
+            write_json(folder / "status.json", outcome)
 
     def attempts(self, run_id: str, env_id: str) -> list[dict[str, Any]]:
         """Outcomes of the attempts that ended, oldest first."""

@@ -98,6 +98,23 @@ def test_a_claim_made_since_it_was_found_dead_is_put_back(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_a_claim_that_was_made_anew_meanwhile_stays_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = claim_of_another(tmp_path / "a")
+
+    def owner(away: Path) -> str:
+        """Its owner writes to the claim just as it is moved away."""
+        (folder / "claim.json").parent.mkdir()
+        (folder / "claim.json").write_text("{}")
+        return "process 7"
+
+    monkeypatch.setattr(claims, "live_owner", owner)
+    claims._clear(folder)
+    assert (folder / "claim.json").read_text() == "{}"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_where_no_claim_can_be_made_the_thing_is_made_all_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,6 +109,18 @@ def test_a_claim_from_another_host_is_live_while_its_heart_beats(store: Store) -
     assert live_owner(attempt.folder)
 
 
+def test_what_an_attempt_came_to_is_published_by_the_next_if_its_process_did_not_get_to_it(store: Store) -> None:
+    run, env = "a" * 12, "e" * 12
+    for status in ("lost", "oom"):
+        store.publish(store.claim(run, env, {}), status, "why", 1.0)
+    (store.run_folder(run, env) / "status.json").unlink()
+    assert store.result(run, env) is None
+    assert store.claim(run, env, {}).number == 3
+    found = store.result(run, env)
+    assert found is not None
+    assert (found.status, found.attempt) == ("oom", 2)
+
+
 @pytest.mark.slow
 def test_of_two_processes_that_claim_at_once_one_gets_it(store: Store) -> None:
     code = (
@@ -119,13 +131,20 @@ def test_of_two_processes_that_claim_at_once_one_gets_it(store: Store) -> None:
         "        print(i, store.claim(f'{i:012d}', 'e' * 12, {}).number, flush=True)\n"
         "    except AlreadyRunning:\n"
         "        pass\n"
-        "time.sleep(3)"
+        "print('tried all', flush=True)\n"
+        "sys.stdin.readline()"
     )
-    both = [
-        subprocess.Popen([sys.executable, "-c", code, str(store.root)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    lines = [line for process in both for line in process.communicate()[0].splitlines()]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    both = [subprocess.Popen([sys.executable, "-c", code, str(store.root)], **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    # A claim is live as long as its process is, so neither ends before both have tried.
+    lines = []
+    for process in both:
+        for line in process.stdout:
+            if "tried all" in line:
+                break
+            lines.append(line.strip())
+    for process in both:
+        process.communicate("\n")
     assert sorted(lines) == sorted(f"{i} 1" for i in range(40))
 
 
