@@ -94,6 +94,6 @@ class CloudBench:
     def wait_jobs(self, count: int, status: str, timeout: float = 90) -> None:
         """Wait until so many jobs have this status."""
         end = time.monotonic() + timeout
-        while sum(job.status == status for job in self.server.jobs.values()) < count:
+        while sum(job.status == status for job in list(self.server.jobs.values())) < count:
             assert time.monotonic() < end, f"waited {timeout:.0f} s for {count} jobs {status}"
             time.sleep(0.1)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
+import secrets
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,25 @@ from lbi.store import Store
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "lbi" / "plugins"))
+
+
+SEED = os.environ.setdefault("LBI_TEST_SEED", str(secrets.randbelow(10**6)))
+"""Random inputs are fresh in every session, and the same again for a session that is given the number of another."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test's inputs do not depend on the tests before it."""
+    number = zlib.crc32(f"{SEED} {item.nodeid}".encode())
+    random.seed(number)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(number)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How to have the inputs of a failure again."""
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.write_line(f"the same random inputs again: LBI_TEST_SEED={SEED}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from dataclasses import replace
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -74,6 +75,7 @@ def unpacking_error(form: Form) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    torch.manual_seed(int(os.environ.get("LBI_TEST_SEED", secrets.randbelow(10**6))))
     for name, form in FORMS.items():
         print(
             json.dumps(

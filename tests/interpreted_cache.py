@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -77,6 +78,7 @@ def attended(queries: torch.Tensor, keys: Rows, values: Rows, live: int, kind: C
 
 def main() -> None:
     """Fresh random inputs every time."""
+    torch.manual_seed(int(os.environ.get("LBI_TEST_SEED", secrets.randbelow(10**6))))
     for name in FORMATS:
         check(CacheFormat(name, 64, 64), heads=6, kv_heads=2)
         check(CacheFormat(name, 64, 16), heads=4, kv_heads=1)

@@ -233,9 +233,13 @@ class Cluster:
             self.run("slurmd", "-N", name)
         if self.squeue():
             self.scancel(f"--user={getpass.getuser()}")
-        for process in self.processes():
-            if process.is_of_job:
+        end = time.monotonic() + 3
+        # A process may start another while the list is read.
+        while left := [process for process in self.processes() if process.is_of_job]:
+            for process in left:
                 process.kill()
+            if time.monotonic() > end:
+                raise ClusterError(f"processes of jobs do not end: {[process.name for process in left]}")
         self.wait_idle(3)
 
 

@@ -398,9 +398,9 @@ def test_a_pool_that_may_be_up_is_remembered_until_it_is_ended(store: Store, tmp
 
 
 def test_the_key_of_a_machine_is_read_from_what_it_recorded() -> None:
-    for device, slots in (("cpu", 1), ("cpu", 2)):
+    for slots in range(1, min(2, environment.cores()) + 1):
         description = environment.describe(slots)
-        assert digest("env", environment.key_of(description, device)) == environment.identify(device, slots)
+        assert digest("env", environment.key_of(description, "cpu")) == environment.identify("cpu", slots)
     card = {"name": "NVIDIA H100", "driver": "1", "uuid": "GPU-1"}
     key = environment.key_of({**environment.describe(), "gpus": [card]}, "cuda")
     assert (key["gpu"], key["driver"], key["device"]) == ("NVIDIA H100", "1", "cuda")

@@ -91,11 +91,17 @@ def test_an_exception_is_an_exit_code_and_a_traceback_in_the_log(server: ForkSer
     assert "RuntimeError: on purpose" in (tmp_path / "log.txt").read_text()
 
 
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file.name} did not come about"
+        time.sleep(0.01)
+
+
 def test_a_killed_child_takes_nothing_with_it(server: ForkServer, tmp_path: Path) -> None:
     (tmp_path / "sleep").touch()
     child = server.start("fake_run", str(tmp_path), tmp_path / "log.txt")
-    while not (tmp_path / "seen.json").exists():
-        time.sleep(0.01)
+    wait_for(tmp_path / "seen.json")
     assert child.poll() is None
     os.killpg(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
@@ -110,8 +116,7 @@ def test_a_server_that_is_killed_takes_its_children_with_it(tmp_path: Path) -> N
     root = str(Path(__file__).parent.parent)
     own = ForkServer({**os.environ, "LBI_PARENT": str(os.getpid()), "PYTHONPATH": f"{tmp_path}:{root}"})
     child = own.start("fake_run", str(tmp_path), tmp_path / "log.txt")
-    while not (tmp_path / "seen.json").exists():
-        time.sleep(0.01)
+    wait_for(tmp_path / "seen.json")
     own.process.kill()
     assert child.wait() == -signal.SIGKILL
     own.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,10 +62,20 @@ def tasks(plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> Callabl
     return made
 
 
-def run(unit: list[Task], store: Store, stop: Stop | None = None) -> list[Event]:
-    """Measure the tasks; the unquantized model's outputs are there, so that nothing but runs is started."""
+def run(
+    unit: list[Task], store: Store, stop: Stop | None = None, look: Callable[[Event], object] = lambda event: None
+) -> list[Event]:
+    """Measure the tasks; the unquantized model's outputs are there, so that nothing but runs is started.
+
+    `look` sees each event as it comes.
+    """
     events: list[Event] = []
-    run_unit(unit, store, events.append, stop or Stop(), time.time())
+
+    def report(event: Event) -> None:
+        events.append(event)
+        look(event)
+
+    run_unit(unit, store, report, stop or Stop(), time.time())
     return events
 
 
@@ -219,15 +228,14 @@ def test_the_unquantized_model_has_the_machine_to_itself(tasks: Any, store: Stor
 
 @pytest.mark.slow
 def test_stopping_and_running_out_of_time_are_as_ever(tasks: Any, store: Store) -> None:
-    unit = tasks("ok", "hang", "ok", run_timeout_s=1.0, stop_grace_s=0.3)
+    unit = tasks("ok", "hang", "ok", run_timeout_s=5.0, stop_grace_s=0.3)
     have_references(store, unit)
     run(unit, store)
     assert statuses(store, unit) == ["ok", "timeout", "ok"]
     unit = tasks("ok", "hang", "ok", "ok")
     stop, other = Stop(), Store.open(store.root.with_name("other"), write=True)
     have_references(other, unit)
-    threading.Timer(1.5, stop.request).start()
-    run(unit, other, stop)
+    run(unit, other, stop, lambda event: stop.request() if (event.kind, event.task) == ("phase", unit[1]) else None)
     assert statuses(other, unit) == ["ok", "cancelled", None, None]
 
 

@@ -58,7 +58,7 @@ def linear(text: str, dtype: torch.dtype = torch.float32, spread: float = 0.02) 
     """A layer of a random shape that the option can store."""
     made = option(text)
     inputs = fresh_width(max(64, made.group_size or 0))
-    layer = torch.nn.Linear(inputs, int(torch.randint(1, 200, ()).item())).to(dtype)
+    layer = torch.nn.Linear(inputs, int(torch.randint(8, 200, ()).item())).to(dtype)
     with torch.no_grad():
         layer.weight.normal_(0, spread)
     return layer

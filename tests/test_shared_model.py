@@ -110,7 +110,7 @@ def test_a_real_process_killed_in_mid_group_takes_only_its_run(plan: Callable[..
             assert folder is not None
             os.kill(json.loads((folder / "process.json").read_text())["pid"], signal.SIGKILL)
 
-    grid = ("cache=dynamic,static", "decoding=greedy,sampling", "quality=off", "measure.cooldown_s=0.3")
+    grid = ("cache=dynamic,static", "decoding=greedy,sampling", "quality=off", "measure.cooldown_s=1")
     unit = measured(plan, store, *grid, "resources.isolation=shared_load", on=kill)
     found = {task.name: store.result(task.run_id, task.env_id) for task in unit}
     assert [result.status if result else None for result in found.values()].count("crash") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -325,11 +326,19 @@ def test_a_run_can_be_made_to_wait_until_the_gpu_is_free(
     units: MakeUnits, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = units("resources.foreign=wait", "resources.gpus=1", count=1)
-    gone = time.monotonic() + 1.0
-    monkeypatch.setattr(gpu_processes, "listed", lambda uuid: {4711} if time.monotonic() < gone else set())
+    gone: list[float] = []
+    looks = itertools.count()
+
+    def listed(uuid: str) -> set[int]:
+        if next(looks) < 2:
+            return {4711}
+        gone.append(time.monotonic())
+        return set()
+
+    monkeypatch.setattr(gpu_processes, "listed", listed)
     events, _ = execute(made, store)
     assert [event.text for event in events if event.kind == "wait"] == [f"{UUIDS[0]} is used by process 4711"]
-    assert places(made, store)[0]["began"] >= gone
+    assert places(made, store)[0]["began"] >= gone[0]
 
 
 @pytest.mark.parametrize("foreign", ["void", "ignore"])

@@ -185,9 +185,11 @@ def test_a_driver_killed_around_sbatch_loses_nothing_and_submits_nothing_twice(b
     submit = f'{real} "$@" > /dev/null' if moment == "after" else ":"
     (shims / "sbatch").write_text(f"#!/bin/sh\n{submit}\nkill -9 $PPID\n")
     (shims / "sbatch").chmod(0o755)
+    before = {job["id"] for job in bench.cluster.jobs()}
     driver = bench.sweep("workload.new_tokens=8,9", PATH=f"{shims}:{os.environ['PATH']}")
     assert finish(driver)[0] == -signal.SIGKILL
-    known = [job for job in bench.cluster.jobs() if job["name"].startswith("lbi-test") and job["state"] == "PENDING"]
+    # It may be running by now.
+    known = [job for job in bench.cluster.jobs() if job["name"].startswith("lbi-test") and job["id"] not in before]
     assert bool(known) == (moment == "after")
     code, output = bench.run("workload.new_tokens=8,9")
     assert code == 0, output
@@ -230,7 +232,8 @@ def test_two_drivers_of_one_sweep_measure_no_cell_twice(bench: SlurmBench) -> No
 
 
 def test_ctrl_c_detaches_and_the_same_command_follows_again(bench: SlurmBench) -> None:
-    driver = bench.sweep("workload.new_tokens=8,9", scripts="8=sleep12")
+    gate = bench.folder / "gate"
+    driver = bench.sweep("workload.new_tokens=8,9", scripts="8=gate", LBI_TEST_GATE=str(gate))
     bench.wait_begun(1)
     driver.send_signal(signal.SIGINT)
     code, output = finish(driver)
@@ -239,6 +242,7 @@ def test_ctrl_c_detaches_and_the_same_command_follows_again(bench: SlurmBench) -
     assert "python -m lbi cancel test" in output
     code, output = bench.verb("status", "test")
     assert "1 running, 1 queued" in output, output
+    gate.touch()
     code, output = bench.run("workload.new_tokens=8,9")
     assert code == 0, output
     assert len(bench.jobs()) == 1

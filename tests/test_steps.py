@@ -221,4 +221,5 @@ def test_other_processes_cpu_time_is_noticed() -> None:
     # Waited for after the watch is closed: what an ended child used would count as our own.
     other.wait()
     assert watch.foreign_share is not None
-    assert watch.foreign_share > 0.1
+    # One process in all of the machine's time, at least a part of the while.
+    assert watch.foreign_share > 0.2 / (os.cpu_count() or 1)

@@ -89,12 +89,12 @@ def test_a_server_that_dies_on_the_way(server: FakeWandb, store: Store, home: Pa
     caller = threading.Thread(target=lambda: lines.append(track(store, "survey", config(timeout_s=10.0))))
     started = time.monotonic()
     caller.start()
-    wait_for(lambda: server.operations["UpsertBucket"] >= 3)
+    wait_for(lambda: len(server.runs) >= 2 and any(run.complete for run in list(server.runs.values())))
     with server.down():
         caller.join()
         took = time.monotonic() - started
-        again = track(store, "survey", config(timeout_s=10.0))
-    assert took < 14
+        again = track(store, "survey", config())
+    assert took < 30
     assert "online" in lines[0]
     assert "not written" in lines[0] or "offline" in lines[0]
     assert "offline" in again, "a server that is known to be away is not waited for"

@@ -66,9 +66,17 @@ def statuses(store: Store, tasks: list[Task]) -> list[str | None]:
     return [result.status if result else None for result in found]
 
 
-def run(tasks: list[Task], store: Store, stop: Stop | None = None) -> list[Event]:
+def run(
+    tasks: list[Task], store: Store, stop: Stop | None = None, look: Callable[[Event], object] = lambda event: None
+) -> list[Event]:
+    """Measure the tasks; `look` sees each event as it comes."""
     events: list[Event] = []
-    run_unit(tasks, store, events.append, stop or Stop(), time.time())
+
+    def report(event: Event) -> None:
+        events.append(event)
+        look(event)
+
+    run_unit(tasks, store, report, stop or Stop(), time.time())
     return events
 
 
@@ -97,19 +105,39 @@ def test_a_kill_by_the_kernel_for_memory_is_oom(tasks: Any, store: Store, monkey
     assert statuses(store, unit) == ["oom", "crash"]
 
 
+def test_kills_for_memory_are_counted_where_they_are_ours(tmp_path: Path) -> None:
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    assert children._oom_kills(tmp_path) == 0
+    write("proc/vmstat", "pgfault 5\noom_kill 7\n")
+    assert children._oom_kills(tmp_path) == 7
+    write("proc/self/cgroup", "4:cpu,memory:/old\n1:name=systemd:/x\n0::/job/step\n")
+    assert children._oom_kills(tmp_path) == 7
+    write("sys/fs/cgroup/memory/memory.oom_control", "under_oom 0\noom_kill 4\n")
+    assert children._oom_kills(tmp_path) == 4
+    write("sys/fs/cgroup/memory.events", "oom 3\noom_kill 2\noom_group_kill 0\n")
+    assert children._oom_kills(tmp_path) == 2
+    write("sys/fs/cgroup/memory/old/memory.oom_control", "under_oom 0\noom_kill 3\n")
+    assert children._oom_kills(tmp_path) == 3
+    write("sys/fs/cgroup/job/step/memory.events", "oom 1\noom_kill 1\n")
+    assert children._oom_kills(tmp_path) == 1
+
+
 def test_a_run_that_takes_too_long_is_a_timeout_even_if_it_resists(tasks: Any, store: Store) -> None:
     unit = tasks("hang", "stubborn", "ok", run_timeout_s=0.7, stop_grace_s=0.3)
+    unit[2] = replace(unit[2], config=with_resources(unit[2].config, run_timeout_s=60))
     began = time.monotonic()
     run(unit, store)
     assert statuses(store, unit) == ["timeout", "timeout", "ok"]
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 100
 
 
 def test_stopping_ends_the_current_run_and_keeps_what_is_finished(tasks: Any, store: Store) -> None:
     unit = tasks("ok", "hang", "ok")
     stop = Stop()
-    threading.Timer(1.5, stop.request).start()
-    run(unit, store, stop)
+    run(unit, store, stop, lambda event: stop.request() if (event.kind, event.task) == ("phase", unit[1]) else None)
     assert statuses(store, unit) == ["ok", "cancelled", None]
     # The next call runs what is missing.
     unit = tasks("ok", "ok", "ok")
@@ -121,11 +149,15 @@ def test_stopping_ends_the_current_run_and_keeps_what_is_finished(tasks: Any, st
 def test_a_second_request_to_stop_does_not_wait_for_grace(tasks: Any, store: Store) -> None:
     unit = tasks("stubborn", stop_grace_s=600)
     stop = Stop()
-    threading.Timer(1.0, stop.request).start()
-    threading.Timer(1.5, stop.request).start()
+
+    def twice(event: Event) -> None:
+        if event.kind == "phase":
+            stop.request()
+            threading.Timer(0.5, stop.request).start()
+
     began = time.monotonic()
-    run(unit, store, stop)
-    assert time.monotonic() - began < 20
+    run(unit, store, stop, twice)
+    assert time.monotonic() - began < 100
     assert statuses(store, unit) == ["cancelled"]
 
 
@@ -174,15 +206,24 @@ def test_a_reference_that_fails_is_said_and_not_tried_again(tasks: Any, store: S
     assert [event.kind for event in events].count("reference") == 1
 
 
-def test_two_drivers_that_begin_together_run_the_unquantized_model_once(tasks: Any, store: Store) -> None:
+def test_two_drivers_that_begin_together_run_the_unquantized_model_once(
+    tasks: Any, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two units of one model, on two nodes: what one makes, the other waits for."""
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("LBI_TEST_GATE", str(gate))
     unit = tasks("ok", "ok", reference="reference")
     same = [replace(task, config=replace(task.config, workload=unit[0].config.workload)) for task in unit]
     seen: list[list[Event]] = [[], []]
     stores = store, Store.open(store.root, write=True)
 
     def drive(number: int) -> None:
-        run_unit([same[number]], stores[number], seen[number].append, Stop(), time.time())
+        def report(event: Event) -> None:
+            seen[number].append(event)
+            if event.kind == "wait":
+                gate.touch()
+
+        run_unit([same[number]], stores[number], report, Stop(), time.time())
 
     threads = [threading.Thread(target=drive, args=(number,)) for number in range(2)]
     for thread in threads:

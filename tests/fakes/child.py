@@ -37,6 +37,13 @@ def good(folder: Path, **said: str) -> None:
     write(folder, "verdict.json", status="ok", reason="", **said)
 
 
+def wait_for_gate() -> None:
+    """Until the test opens it; a test that fails may never do."""
+    end = time.monotonic() + 600
+    while not Path(os.environ["LBI_TEST_GATE"]).exists() and time.monotonic() < end:
+        time.sleep(0.1)
+
+
 def meet(hall: Path, wanted: int) -> None:
     """Wait until so many children are there at once, or long enough to know that they will not be."""
     hall.mkdir(exist_ok=True)
@@ -47,6 +54,9 @@ def meet(hall: Path, wanted: int) -> None:
 
 
 def main(folder: Path, script: str) -> None:
+    if script == "stubborn":
+        # Before it is known to be there.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     write(folder, "progress.json", phase="measure", since=time.time())
     if script.endswith("_once"):
         # Only the first attempt at a run misbehaves.
@@ -66,18 +76,15 @@ def main(folder: Path, script: str) -> None:
         write(folder, "place.json", **place, cores=cores, began=began, ended=time.monotonic())
         good(folder)
     elif script == "reference":
-        time.sleep(0.3)
+        wait_for_gate() if "LBI_TEST_GATE" in os.environ else time.sleep(0.3)
         request = json.loads((folder / "request.json").read_text())
         Path(request["greedy"]).mkdir(parents=True)
     elif script == "hang":
         time.sleep(600)
     elif script == "gate":
-        # Until the test opens it, or for good.
-        while not Path(os.environ["LBI_TEST_GATE"]).exists():
-            time.sleep(0.1)
+        wait_for_gate()
         good(folder)
     elif script == "stubborn":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
     elif script == "oom":
         write(folder, "verdict.json", status="oom", reason="no memory left")
@@ -109,7 +116,8 @@ def main(folder: Path, script: str) -> None:
     elif script == "family":
         # Leaves a grandchild behind that would go on for ever.
         if os.fork() == 0:
-            (folder / "grandchild").write_text(str(os.getpid()))
+            (folder / "grandchild.new").write_text(str(os.getpid()))
+            (folder / "grandchild.new").replace(folder / "grandchild")
             time.sleep(600)
         while not (folder / "grandchild").exists():
             time.sleep(0.01)

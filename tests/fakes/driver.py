@@ -83,10 +83,13 @@ def execute(
     units: list[Unit], store: Store, on_event: Callable[[list[Event]], object] = lambda events: None
 ) -> tuple[list[Event], Stop]:
     events: list[Event] = []
+    # Slots report from their own threads: whoever looks is to see its own event last.
+    one_at_a_time = threading.Lock()
 
     def report(event: Event) -> None:
-        events.append(event)
-        on_event(events)
+        with one_at_a_time:
+            events.append(event)
+            on_event(events)
 
     return events, LocalExecutor().execute(units, store, report, time.time())
 

@@ -83,7 +83,7 @@ class JobState:
 
 
 class FakeSky:
-    """The server; `url` is where. `no_machines` keeps pools empty, `down` answers nothing."""
+    """The server; `url` is where. `no_machines` keeps pools empty, `down` answers nothing; `refused` counts what."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -95,6 +95,7 @@ class FakeSky:
         self.ended: list[Machine] = []
         self.no_machines = False
         self.down = False
+        self.refused = 0
         self.lock = threading.RLock()
         self.unknown: list[str] = []
         self._stopping = threading.Event()
@@ -301,7 +302,7 @@ class FakeSky:
         status = "FAILED_SETUP"
         if machine.ready or self._set_up(pool, machine, folder, log):
             machine.ready = True
-            status = "SUCCEEDED" if self._execute(job, machine, folder, log) == 0 else "FAILED"
+            status = "SUCCEEDED" if self._execute(job, machine, folder, log, recoveries) == 0 else "FAILED"
         with self.lock:
             if job.status == "RUNNING" and job.recoveries == recoveries:
                 job.status = status
@@ -321,21 +322,25 @@ class FakeSky:
             )
         return done.returncode == 0
 
-    def _execute(self, job: JobState, machine: Machine, folder: Path, log: Path) -> int:
+    def _execute(self, job: JobState, machine: Machine, folder: Path, log: Path, recoveries: int) -> int:
         given = {"SKYPILOT_JOB_RANK": str(job.rank), "SKYPILOT_NUM_JOBS": str(job.count)}
         given |= {"SKYPILOT_TASK_ID": f"sky-managed-{job.id}-0", "SKYPILOT_NUM_GPUS_PER_NODE": "0"}
         for section in ("envs", "secrets"):
             given |= {name: str(value) for name, value in (job.docs.get(section) or {}).items()}
         with log.open("ab") as output:
-            job.process = subprocess.Popen(
-                ["bash", "-c", job.docs["run"]],
-                cwd=folder,
-                env=_variables(machine.folder / "home", given),
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-            return job.process.wait()
+            with self.lock:
+                # Cancelled, or given another machine, while this one was being set up.
+                if job.status != "RUNNING" or job.recoveries != recoveries:
+                    return 1
+                process = job.process = subprocess.Popen(
+                    ["bash", "-c", job.docs["run"]],
+                    cwd=folder,
+                    env=_variables(machine.folder / "home", given),
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            return process.wait()
 
     @staticmethod
     def _kill(job: JobState) -> None:
@@ -354,6 +359,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         body = self._body()
         if self.server_state.down:
+            with self.server_state.lock:
+                self.server_state.refused += 1
             self.close_connection = True
             self.connection.close()
             return

@@ -108,8 +108,19 @@ class FakeWandb(Artifacts, Views):
         try:
             yield
         finally:
-            self._http = _Server(("127.0.0.1", int(self.url.rpartition(":")[2])), _handler(self))
+            self._http = self._again()
             self.__enter__()
+
+    def _again(self) -> _Server:
+        """A server where the last one was, once nobody else has the port."""
+        end = time.monotonic() + 30
+        while True:
+            try:
+                return _Server(("127.0.0.1", int(self.url.rpartition(":")[2])), _handler(self))
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
 
     def fail(self, operation: str, status: int, times: int) -> None:
         """Answer the next `times` requests of an operation (or "PUT /artifacts") with an HTTP error."""
