@@ -76,7 +76,10 @@ def main(folder: Path, script: str) -> None:
         write(folder, "place.json", **place, cores=cores, began=began, ended=time.monotonic())
         good(folder)
     elif script == "reference":
-        wait_for_gate() if "LBI_TEST_GATE" in os.environ else time.sleep(0.3)
+        if "LBI_TEST_GATE" in os.environ:
+            wait_for_gate()
+        else:
+            time.sleep(0.3)
         request = json.loads((folder / "request.json").read_text())
         Path(request["greedy"]).mkdir(parents=True)
     elif script == "hang":
