@@ -1,6 +1,6 @@
 """A thousand real cells of a tiny model on a SLURM cluster: does anything grow faster than their number?
 
-    python benchmarks/many_cells.py [--cells 1000] [--jobs 2] [--isolation process|shared_load]
+    python benchmarks/many_cells.py [--cells 1000] [--jobs 2] [--isolation process|shared_load] [--folder F]
 
 Nothing is a stand-in: each cell is measured, two jobs at a time on this machine's own cores, and the driver follows
 them to the end. The cells differ in their seed alone, so that each should cost what the others cost. Printed are the
@@ -61,10 +61,12 @@ def main() -> int:
     parser.add_argument("--cells", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--isolation", default="process", choices=("process", "shared_load"))
+    parser.add_argument("--folder", type=Path, help="an empty one, in which the store stays")
     given = parser.parse_args()
     print(f"{date.today()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {given.cells} cells", flush=True)
     with tempfile.TemporaryDirectory(prefix="lbi-many-") as name:
-        folder, store = Path(name), Path(name) / "lbi_store"
+        folder = given.folder.absolute() if given.folder else Path(name)
+        store = folder / "lbi_store"
         with cluster(folder / "cluster") as conf:
             variables = {key: value for key, value in os.environ.items() if not key.startswith(("LBI_", "SLURM"))}
             variables |= {"SLURM_CONF": conf, "PYTHONPATH": str(ROOT), "LBI_STORE": str(store)}

@@ -20,7 +20,6 @@ from hydra.errors import HydraException
 
 from lbi import schedule
 from lbi.children import Stop
-from lbi.collect import Row, rows, write_tables
 from lbi.compose import Composed, Composer, parse
 from lbi.config import LbiConfig
 from lbi.errors import ClusterError, InputError
@@ -119,6 +118,7 @@ def _plan(request: Request, launcher: Any) -> tuple[Store, Plan]:
 
 def finish(store: Store, name: str, config: LbiConfig, stopped: bool) -> int:
     """Write the reports, hand the results to the tracker, and say what came out."""
+    from lbi.report.write import write_reports
     from lbi.trackers import track
 
     table = write_reports(store, name)
@@ -126,17 +126,6 @@ def finish(store: Store, name: str, config: LbiConfig, stopped: bool) -> int:
     if stopped:
         print("Stopped. Finished cells are kept; the same command runs the rest.")
     return OK if all(row["status"] in ("ok", "pruned", "duplicate") for row in table) else SOME_FAILED
-
-
-def write_reports(store: Store, name: str) -> list[Row]:
-    """Make every table of a sweep anew from the store, and show the result; the rows."""
-    from lbi.report import html, terminal
-
-    table = rows(store, name)
-    write_tables(store.sweep_folder(name), table)
-    html.write(store, name, table)
-    terminal.show_results(store, name, table)
-    return table
 
 
 def _header(command: str, plan: Plan, started: float) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def read_json(path: Path, schema: int | None = None) -> dict[str, Any] | None:
     Raises `BadFile` for what is not a JSON object, or has another `schema`.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:

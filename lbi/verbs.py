@@ -130,7 +130,7 @@ def _cancel(store: Store, sweep: str, given: argparse.Namespace) -> int:
 
 def _report(store: Store, sweep: str, given: argparse.Namespace) -> int:
     from lbi.comparing import resolve
-    from lbi.drive import write_reports
+    from lbi.report.write import write_reports
     from lbi.sweep_folder import change_header
 
     against = resolve(store, given.against) if given.against else None

@@ -46,6 +46,13 @@ FIELDS: tuple[tuple[str, str], ...] = (
 )
 """What a detail is called, and what stands between its parts."""
 
+NUMBERS = frozenset(
+    index
+    for index, (name, _) in enumerate(FIELDS)
+    if name in ("samples in turn, decode tok/s", "kernels of a decode step", "time by phase", "other numbers")
+)
+"""Places in `FIELDS` of what is left out first."""
+
 IN_TABLE = {column.metric for column in COLUMNS} - set(WITH_INTERVAL) - set(WITH_ERROR)
 """Numbers of which the details could say no more than the table."""
 
@@ -58,9 +65,14 @@ class Extent:
     numbers: bool
 
 
-def details(rows: Sequence[Row], facts: Mapping[int, Facts], root: Path, extent: Extent) -> dict[str, Any]:
-    """`fields`, `pool` and the `cells`, ready to be embedded."""
-    cells = {row["cell"]: _texts(row, facts[row["cell"]], root, extent) for row in rows}
+def whole_details(rows: Sequence[Row], facts: Mapping[int, Facts], root: Path) -> dict[int, list[list[str]]]:
+    """The parts of each of `FIELDS`, by cell, with nothing left out."""
+    return {row["cell"]: _texts(row, facts[row["cell"]], root) for row in rows}
+
+
+def details(known: Mapping[int, list[list[str]]], extent: Extent) -> dict[str, Any]:
+    """`fields`, `pool` and the `cells`, ready to be embedded; `known` is what `whole_details` gives."""
+    cells = {cell: _within(extent, fields) for cell, fields in known.items()}
     counts = Counter(text for fields in cells.values() for parts in fields for text in parts)
     pooled = [text for text, count in counts.items() if count > 1 and len(text) > 4]
     pool = {text: index for index, text in enumerate(pooled)}
@@ -74,8 +86,18 @@ def _bare(parts: list[int | str]) -> list[int | str] | int | str:
     return parts if len(parts) > 1 else parts[0] if parts else ""
 
 
-def _texts(row: Row, facts: Facts, root: Path, extent: Extent) -> list[list[str]]:
-    """The parts of each of `FIELDS`."""
+def _within(extent: Extent, fields: list[list[str]]) -> list[list[str]]:
+    *others, generated = fields
+    if not extent.numbers:
+        others = [[] if index in NUMBERS else parts for index, parts in enumerate(others)]
+    return [*others, _cut(generated, extent.text)]
+
+
+def _cut(generated: list[str], most: int) -> list[str]:
+    return [text if len(text) <= most else f"{text[:most]} ..." for text in generated] if most else []
+
+
+def _texts(row: Row, facts: Facts, root: Path) -> list[list[str]]:
     effective = facts.effective
     return [
         row["overrides"].split(" "),
@@ -84,11 +106,11 @@ def _texts(row: Row, facts: Facts, root: Path, extent: Extent) -> list[list[str]
         [row["env_id"]],
         [_attempt(row, root)] if row["folder"] else [],
         inside.isolation(effective),
-        _samples(facts.samples) if extent.numbers else [],
+        _samples(facts.samples),
         [_layers(kind) for kind in part(effective, "weights").get("kinds") or [] if isinstance(kind, dict)],
         inside.weights_from(effective),
         inside.choices(effective),
-        inside.kernels(effective) if extent.numbers else [],
+        inside.kernels(effective),
         inside.traces(effective),
         inside.unpacked(effective),
         inside.one_row(effective),
@@ -96,10 +118,10 @@ def _texts(row: Row, facts: Facts, root: Path, extent: Extent) -> list[list[str]
         listed(part(effective, "compiler")),
         listed(part(effective, "graph")),
         listed(part(effective, "lossless")),
-        _phases(facts.ending) if extent.numbers else [],
-        _numbers(row) if extent.numbers else [],
+        _phases(facts.ending),
+        _numbers(row),
         [f"{name}: {reason}" for name, reason in row["missing"].items()],
-        _generated(facts.text, extent.text),
+        _generated(facts.text),
     ]
 
 
@@ -134,8 +156,6 @@ def _numbers(row: Row) -> list[str]:
     return [f"{name} {with_spread(row, name)}" for name in METRICS if name not in IN_TABLE and finite(row.get(name))]
 
 
-def _generated(text: dict[str, Any], most: int) -> list[str]:
+def _generated(text: dict[str, Any]) -> list[str]:
     generated = text.get("text")
-    if not isinstance(generated, str) or not most:
-        return []
-    return [generated if len(generated) <= most else f"{generated[:most]} ..."]
+    return [generated] if isinstance(generated, str) else []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -22,7 +22,7 @@ from lbi.comparing import Comparison, compare
 from lbi.files import write_bytes
 from lbi.ranking import Table, tables
 from lbi.report import cost_section, sections
-from lbi.report.cell_details import Extent, details
+from lbi.report.cell_details import Extent, details, whole_details
 from lbi.report.cell_table import cell_table, controls
 from lbi.report.chart_figures import Figures
 from lbi.report.environments import environments
@@ -39,6 +39,9 @@ MOST_BYTES = 2_000_000
 
 EXTENTS = (Extent(600, True), Extent(120, True), Extent(120, False), Extent(0, False))
 """How much of the details is tried, in turn."""
+
+DETAILS, SHORTENED = "<!--lbi-details-->", Html("<!--lbi-shortened-->")
+"""Where the page will have the details, and what they lack; all other text is escaped, so none looks like these."""
 
 NO_SCRIPT = "The table is whole without JavaScript; sorting, the details of a row and the charts need it."
 
@@ -89,32 +92,28 @@ def read_content(store: Store, sweep: str, table: list[Row] | None = None) -> Co
 
 def render(content: Content) -> bytes:
     """The page, with as much of the details as fits."""
-    script = bundle()
-    without = f"the Python package {PACKAGE} is not installed"
-    page = _page(content, EXTENTS[0], script, without)
-    if len(page) < MOST_BYTES:
-        return page
-    # The rest of the page is the same whatever the details have, and takes longer to make than they do.
-    rest = len(page) - _size_of_details(content, EXTENTS[0])
-    for extent in EXTENTS[1:]:
-        if rest + _size_of_details(content, extent) < MOST_BYTES:
-            page = _page(content, extent, script, without)
-            if len(page) < MOST_BYTES:
-                return page
-    return _page(content, EXTENTS[-1], None, "with them the file would be too large")
+    known = whole_details(content.rows, content.facts, content.root)
+    page = _page(content, bundle(), f"the Python package {PACKAGE} is not installed")
+    for extent in EXTENTS:
+        filled = _with_details(page, known, extent)
+        if len(filled) < MOST_BYTES:
+            return filled
+    return _with_details(_page(content, None, "with them the file would be too large"), known, EXTENTS[-1])
 
 
-def _size_of_details(content: Content, extent: Extent) -> int:
-    known = details(content.rows, content.facts, content.root, extent)
-    return len(embedded_json(known).encode(errors="replace"))
+def _with_details(page: str, known: Mapping[int, list[list[str]]], extent: Extent) -> bytes:
+    """The page with so much of the details in it."""
+    filled = page.replace(DETAILS, embedded_json(details(known, extent)), 1)
+    # Generated text may hold half a character, which no encoding knows.
+    return filled.replace(SHORTENED, escaped(_shortened(extent))).encode(errors="replace")
 
 
-def _page(content: Content, extent: Extent, script: str | None, without: str) -> bytes:
-    """The page; `script` draws its charts, and where there is none `without` says why."""
+def _page(content: Content, script: str | None, without: str) -> str:
+    """The page without details; `script` draws its charts, and where there is none `without` says why."""
     scripts = [text for text in (script, _file("page.js")) if text]
     figures = Figures(None if script else without)
-    main = _main(content, extent, figures)
-    filled = Template(_file("page.html")).substitute(
+    main = _main(content, figures)
+    return Template(_file("page.html")).substitute(
         policy=_policy(scripts),
         title=escaped(f"lbi: {content.sweep}"),
         style=_file("page.css"),
@@ -122,11 +121,9 @@ def _page(content: Content, extent: Extent, script: str | None, without: str) ->
         main=main,
         footer=_footer(content, script is not None),
         charts=embedded_json(figures.embedded()),
-        details=embedded_json(details(content.rows, content.facts, content.root, extent)),
+        details=DETAILS,
         scripts="\n".join(f"<script>{text}</script>" for text in scripts),
     )
-    # Generated text may hold half a character, which no encoding knows.
-    return filled.encode(errors="replace")
 
 
 def _policy(scripts: Sequence[str]) -> str:
@@ -168,10 +165,10 @@ def _numbered(content: Content) -> list[tuple[int, Table]]:
     return list(enumerate(content.tables, 1))
 
 
-def _main(content: Content, extent: Extent, figures: Figures) -> Html:
+def _main(content: Content, figures: Figures) -> Html:
     parts = [_section("result", "Result", *_result(content))]
     for index, table in _numbered(content):
-        made = _table_section(content, index, table, extent, figures)
+        made = _table_section(content, index, table, figures)
         parts.append(_section(f"table-{index}", sections.title(table), *made))
     if content.comparison:
         heading = f"Against {content.comparison.what}"
@@ -206,7 +203,7 @@ def _result(content: Content) -> list[Html]:
     return [*made, sections.problems(content.problems)]
 
 
-def _table_section(content: Content, index: int, table: Table, extent: Extent, figures: Figures) -> list[Html]:
+def _table_section(content: Content, index: int, table: Table, figures: Figures) -> list[Html]:
     """Charts and table of one model and workload."""
     baseline = f"The baseline is {table.baseline['name']}." if table.baseline else "There is no baseline."
     legend = sections.interval_legend(table)
@@ -218,7 +215,7 @@ def _table_section(content: Content, index: int, table: Table, extent: Extent, f
         element("h3", "All cells"),
         sections.note(table, content.header),
         sections.disturbed(table),
-        paragraph(words, *_shortened(extent), class_="quiet"),
+        paragraph(words, SHORTENED, class_="quiet"),
         controls(table, index),
         element("div", cell_table(table, content.facts, caption), id=f"cells-{index}"),
         element("div", id=f"beside-{index}", class_="beside", aria_live="polite"),
@@ -227,13 +224,13 @@ def _table_section(content: Content, index: int, table: Table, extent: Extent, f
     ]
 
 
-def _shortened(extent: Extent) -> list[str]:
+def _shortened(extent: Extent) -> str:
     """What the details lack for the sake of the file's size."""
     if extent == EXTENTS[0]:
-        return []
+        return ""
     kept = f"generated text is cut to {extent.text} characters" if extent.text else "generated text is left out"
     numbers = "" if extent.numbers else ", and so are phases and the numbers beyond the table's"
-    return [f" To keep this file small, {kept}{numbers}; the attempt's folder has them."]
+    return f" To keep this file small, {kept}{numbers}; the attempt's folder has them."
 
 
 def _footer(content: Content, with_charts: bool) -> Html:
