@@ -191,7 +191,7 @@ class _Bench:
     def _publish(
         self, task: Task, attempt: Attempt, isolation: Isolation, how: tuple[str, str], seconds: float
     ) -> None:
-        """Publish how a run ended, unless it must be measured again first because other runs may be the cause."""
+        """Publish how a run ended; one whose process did others before may have to be measured again, alone, first."""
         status, reason = how
         cost = self.account.cost(task, attempt.folder, seconds, f"{node_name()} {self.slot.number}")
         why = ""

@@ -241,17 +241,19 @@ def test_a_hanging_server_is_bounded_and_leaves_no_process(server: FakeWandb, st
             seen |= processes_of(home)
             time.sleep(0.1)
         took = time.monotonic() - started
-    assert took < 40
+    assert took < 25
     assert any("wandb-core" in command for command in seen.values()), "the helper was there to be left behind"
     assert processes_of(home) == {}
     assert "2 runs online" in lines[0]
     assert "1 run not written (took longer than tracker.timeout_s=15)" in lines[0]
 
-    written = server.operations["UpsertBucket"]
+    server.bodies.clear()
     assert "3 runs online" in track(store, "survey", config())
     assert server.runs[last].complete
-    # wandb may repeat itself when it is slow.
-    assert server.operations["UpsertBucket"] - written <= 7, "only the one that was missing, and the sweep's own"
+    begun = [body for body in server.bodies if b"mutation UpsertBucket" in body]
+    others = [run.id for run in of_sweep(store, "survey") if run.id != last]
+    assert any(last.encode() in body for body in begun)
+    assert not any(run.encode() in body for body in begun for run in others), "only the one that was missing"
     assert processes_of(home) == {}
 
 

@@ -115,14 +115,12 @@ def test_kills_for_memory_are_counted_where_they_are_ours(tmp_path: Path) -> Non
     assert children._oom_kills(tmp_path) == 7
     write("proc/self/cgroup", "4:cpu,memory:/old\n1:name=systemd:/x\n0::/job/step\n")
     assert children._oom_kills(tmp_path) == 7
-    write("sys/fs/cgroup/memory/memory.oom_control", "under_oom 0\noom_kill 4\n")
-    assert children._oom_kills(tmp_path) == 4
-    write("sys/fs/cgroup/memory.events", "oom 3\noom_kill 2\noom_group_kill 0\n")
-    assert children._oom_kills(tmp_path) == 2
-    write("sys/fs/cgroup/memory/old/memory.oom_control", "under_oom 0\noom_kill 3\n")
-    assert children._oom_kills(tmp_path) == 3
-    write("sys/fs/cgroup/job/step/memory.events", "oom 1\noom_kill 1\n")
-    assert children._oom_kills(tmp_path) == 1
+    # Each is nearer to us than those before it.
+    for count, file in enumerate(
+        ("memory/memory.oom_control", "memory.events", "memory/old/memory.oom_control", "job/step/memory.events")
+    ):
+        write(f"sys/fs/cgroup/{file}", f"under_oom 9\noom_kill {count}\noom_group_kill 8\n")
+        assert children._oom_kills(tmp_path) == count
 
 
 def test_a_run_that_takes_too_long_is_a_timeout_even_if_it_resists(tasks: Any, store: Store) -> None:

@@ -47,11 +47,10 @@ FIELDS: tuple[tuple[str, str], ...] = (
 """What a detail is called, and what stands between its parts."""
 
 NUMBERS = frozenset(
-    index
-    for index, (name, _) in enumerate(FIELDS)
-    if name in ("samples in turn, decode tok/s", "kernels of a decode step", "time by phase", "other numbers")
+    [name for name, _ in FIELDS].index(name)
+    for name in ("samples in turn, decode tok/s", "kernels of a decode step", "time by phase", "other numbers")
 )
-"""Places in `FIELDS` of what is left out first."""
+"""Places in `FIELDS` of what an extent without numbers leaves out."""
 
 IN_TABLE = {column.metric for column in COLUMNS} - set(WITH_INTERVAL) - set(WITH_ERROR)
 """Numbers of which the details could say no more than the table."""

@@ -38,6 +38,7 @@ class Facts:
 
 
 COLUMNS = ("repetition", "token", "seconds", "void")
+"""What is read of samples.parquet."""
 
 NONE = Facts({}, {}, {}, {}, "")
 

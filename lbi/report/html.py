@@ -103,9 +103,9 @@ def render(content: Content) -> bytes:
 
 def _with_details(page: str, known: Mapping[int, list[list[str]]], extent: Extent) -> bytes:
     """The page with so much of the details in it."""
-    filled = page.replace(DETAILS, embedded_json(details(known, extent)), 1)
+    filled = page.replace(SHORTENED, escaped(_shortened(extent)))
     # Generated text may hold half a character, which no encoding knows.
-    return filled.replace(SHORTENED, escaped(_shortened(extent))).encode(errors="replace")
+    return filled.replace(DETAILS, embedded_json(details(known, extent)), 1).encode(errors="replace")
 
 
 def _page(content: Content, script: str | None, without: str) -> str:
