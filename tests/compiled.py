@@ -12,6 +12,7 @@ import torch
 import triton
 from packed_cases import FORMS, random_matrix
 
+from lbi.kernels import tiles
 from lbi.kernels.compile_only import compile_only, compiled
 from lbi.kernels.device import gemv as device
 from lbi.kernels.gemv import constants, gemv, matmul_small
@@ -24,6 +25,7 @@ SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 def attempt(name: str, capability: int, dtype: torch.dtype) -> dict[str, Any]:
     """One form for one GPU: what went wrong, or None."""
     compiled.clear()
+    tiles.shared_memory = lambda _: SHARED[capability]
     matrix = random_matrix(FORMS[name], 64, 512, dtype)
     x, bias = torch.randn(5, 512).to(dtype), torch.randn(64).to(dtype)
     found = {"form": name, "capability": capability, "dtype": str(dtype), "problem": None}
@@ -31,6 +33,8 @@ def attempt(name: str, capability: int, dtype: torch.dtype) -> dict[str, Any]:
         gemv(x[0], matrix, bias, Tile(8, 16, 2, split=2))
         gemv(x[0], matrix, None, Tile(16, 32, 1))
         matmul_small(x, matrix, bias)
+        # Long rows and as many tokens as there can be: every stage is in use then.
+        matmul_small(torch.randn(16, 8192).to(dtype), random_matrix(FORMS[name], 64, 8192, dtype))
         if matrix.scales is not None:
             # Not by its launch, which takes tiles for the interpreter where a matrix is not on a GPU.
             device.dequantize_kernel[(1,)](
@@ -48,6 +52,8 @@ def attempt(name: str, capability: int, dtype: torch.dtype) -> dict[str, Any]:
 CASES = [
     *((80, torch.bfloat16, name) for name in ("plain", "w8", "w4 g32", "w4 row symmetric", "w2 g64", "w158")),
     (89, torch.bfloat16, "fp8"),
+    (89, torch.bfloat16, "w2 g64"),
+    (90, torch.bfloat16, "w2 g64"),
     # The most shared memory of all, where there is the least.
     (89, torch.float32, "w2 g64"),
 ]

@@ -53,8 +53,10 @@ def llama(*, heads: int = 4, kv: int = 2, width: int = 64, dtype: torch.dtype = 
 
 def expected(model: Any, prompt: list[int], count: int) -> tuple[list[int], torch.Tensor]:
     ids = torch.tensor([prompt])
+    # Without a mask generate() takes a 0 in the prompt for padding, and does not see it.
+    asked = {"attention_mask": torch.ones_like(ids), "eos_token_id": None, "pad_token_id": 0}
     with torch.no_grad():
-        whole = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+        whole = model.generate(ids, max_new_tokens=count, do_sample=False, **asked)
         return whole[0, len(prompt) :].tolist(), model(whole[:, :-1]).logits[0, len(prompt) - 1 :]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from lbi.kernels.device import gemv as device
 from lbi.kernels.formats import BITS, ZERO, Packed
-from lbi.kernels.tiles import Tile, most_words, tile_for
+from lbi.kernels.tiles import Tile, tile_for, words_for
 
 MOST_ROWS = 16
 """Tokens that `matmul_small` takes at once: one tile of the tensor cores."""
@@ -61,8 +61,9 @@ def gemv(x: torch.Tensor, matrix: Packed, bias: torch.Tensor | None = None, tile
 def matmul_small(x: torch.Tensor, matrix: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(M, rows) of `x`'s type for up to 16 tokens, `x` being (M, inputs)."""
     columns = 8 if x.shape[0] <= 8 else MOST_ROWS
-    words = most_words(x, x.element_size()) if matrix.format in ZERO else 256 // x.element_size()
-    tile = Tile(32, words, 4)
+    tile = Tile(32, 256 // x.element_size(), 4)
+    if matrix.format in ZERO:
+        tile = replace(tile, words=words_for(matrix, x, columns, tile))
     count, even = steps(matrix, tile)
     out = torch.empty(x.shape[0], matrix.rows, device=x.device, dtype=x.dtype)
     device.small_kernel[(-(-matrix.rows // tile.rows),)](

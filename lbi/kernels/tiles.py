@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lbi.kernels.formats import ZERO, Packed
+from lbi.kernels.formats import BITS, ZERO, Packed
 
 FILE = Path(__file__).parent / "tiles.json"
 
@@ -75,12 +75,34 @@ def _rule_of_thumb(matrix: Packed) -> Tile:
     return Tile(2 if matrix.format == "plain" else 4, max(words, 16), 4)
 
 
-def most_words(tensor: torch.Tensor, item: int = 2) -> int:
-    """Words of a row in a step, such that the stages fit the shared memory; `item`: bytes of an input."""
-    properties = torch.cuda.get_device_properties(tensor.device) if tensor.is_cuda else None
-    # 99 KB on sm_86 and sm_89, 163 KB or more on GPUs for servers.
-    small = properties is not None and properties.shared_memory_per_block_optin < 150_000
-    return 32 if item > 2 else 64 if small else 128
+def most_words(tensor: torch.Tensor) -> int:
+    """Words of a row in a step for one token, such that the stages fit the shared memory."""
+    return 64 if shared_memory(tensor) < 150_000 else 128
+
+
+def words_for(matrix: Packed, x: torch.Tensor, columns: int, tile: Tile) -> int:
+    """Words of a row in a step of `tile` for `columns` tokens of `x`: as many as the stages have shared memory for.
+
+    By what Triton takes: a step less than `stages` of words and inputs, and where the inputs are float32, which the
+    tensor cores do not have, the operands of a step besides.
+    """
+    item, fields = x.element_size(), 32 // BITS[matrix.format]
+    for words in (128, 64, 32):
+        inputs = words * fields
+        taken = (tile.stages - 1) * (inputs * columns * item + tile.rows * words * 4)
+        taken += inputs * (tile.rows + columns) * item if item > 2 else 0
+        # What float32 takes in registers allows no more than 32; a margin for scales.
+        if taken + 8192 <= shared_memory(x) and (item == 2 or words == 32):
+            return words
+    return 16
+
+
+def shared_memory(tensor: torch.Tensor) -> int:
+    """Bytes that a program may have on the tensor's GPU: 99 KB on sm_86 and sm_89, 163 KB or more on those for
+    servers. On a CPU, where Triton's interpreter needs none, as many as sm_90 has."""
+    if not tensor.is_cuda:
+        return 227 << 10
+    return int(torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin)
 
 
 def _gpu(tensor: torch.Tensor) -> str:
