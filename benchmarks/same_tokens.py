@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,52 +35,89 @@ def main() -> int:
     import torch
 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        lines = [check(row, given, Path(folder) / str(at)) for at, row in enumerate(given.rows.split(","))]
-    for line in lines:
-        print(line["said"], flush=True)
-    return int(any(line["wrong"] for line in lines))
+        wanted = expected(given, Path(folder) / "plain")
+        wrong = False
+        for at, row in enumerate(given.rows.split(",")):
+            line = check(row, given, wanted, Path(folder) / str(at))
+            print("\n  ".join([line.said, *line.wrong]), flush=True)
+            wrong = wrong or bool(line.wrong)
+    return int(wrong)
 
 
-def check(row: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One engine against generate() with a dynamic cache, eager, on the same weights."""
+@dataclass(frozen=True)
+class Expected:
+    """What generate() wrote behind a prompt, and its logits: as it wrote, and (tokens, vocabulary) in one pass."""
+
+    prompt: list[int]
+    found: Any
+    in_one_pass: Any
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is said of an engine, and what is wrong with it."""
+
+    said: str
+    wrong: list[str]
+
+
+def common(given: argparse.Namespace) -> list[str]:
+    return [f"model={given.model}", f"model.dtype={given.dtype}", f"workload.new_tokens={given.new_tokens}"]
+
+
+def expected(given: argparse.Namespace, folder: Path) -> list[Expected]:
+    """generate() with a dynamic cache, eager, once for all engines: it is the slowest of them."""
+    from lbi.engines import make
+    from lbi.models import load
+
+    plain = _planned([*common(given), "engine=hf", "compiler=eager", "cache=dynamic"], folder)
+    loaded = load(plain.model, plain.engine)
+    theirs, made = make(plain, loaded.model, slots=0), []
+    for prompt in prompts(loaded.encode, given.prompts):
+        found = theirs.generate(prompt, given.new_tokens, seed=0, inspect=True)
+        in_one_pass = theirs.forward(prompt + found.tokens[:-1])[len(prompt) - 1 :].float().cpu()
+        made.append(Expected(prompt, found, in_one_pass))
+        print(f"generate(): {len(made)} of {given.prompts} prompts", file=sys.stderr, flush=True)
+    return made
+
+
+def check(row: str, given: argparse.Namespace, wanted: list[Expected], folder: Path) -> Checked:
+    """One engine on the same weights."""
     from lbi import lossless
     from lbi.engines import make
     from lbi.errors import BadNumerics
     from lbi.models import load
 
     engine, compiler = row.split()
-    common = [f"model={given.model}", f"model.dtype={given.dtype}", f"workload.new_tokens={given.new_tokens}"]
-    plain = _planned([*common, "engine=hf", "compiler=eager", "cache=dynamic"], folder / "plain")
-    cell = _planned([*common, f"engine={engine}", f"compiler={compiler}", "cache=static"], folder / "cell")
-    texts = prompts(load(plain.model, plain.engine).encode, given.prompts)
-    slots = max(map(len, texts)) + given.new_tokens
-    theirs = make(plain, load(plain.model, plain.engine).model, slots=0)
+    cell = _planned([*common(given), f"engine={engine}", f"compiler={compiler}", "cache=static"], folder)
     loaded = load(cell.model, cell.engine)
     arithmetic = lossless.Arithmetic(loaded.model.dtype, loaded.model.config.num_hidden_layers, plain=True)
-    ours = make(cell, loaded.model, slots)
+    ours = make(cell, loaded.model, max(len(one.prompt) for one in wanted) + given.new_tokens)
     if cell.compiler.backend != "eager":
         ours.compile()
     equal, ties, wrong, worst = 0, 0, [], 0.0
-    for number, prompt in enumerate(texts):
-        wanted = theirs.generate(prompt, given.new_tokens, seed=0, inspect=True)
-        found = ours.generate(prompt, given.new_tokens, seed=0, inspect=True)
-        in_one_pass = theirs.forward(prompt + wanted.tokens[:-1])[len(prompt) - 1 :].float().cpu()
+    for number, one in enumerate(wanted):
+        found = ours.generate(one.prompt, given.new_tokens, seed=0, inspect=True)
+        asked = found.tokens, one.found.tokens, one.found.logits, one.in_one_pass, arithmetic
         try:
-            verdict = lossless.compare(found.tokens, wanted.tokens, wanted.logits, in_one_pass, arithmetic)["verdict"]
+            verdict = lossless.compare(*asked)["verdict"]
         except BadNumerics as error:
             verdict, _ = "wrong", wrong.append(f"prompt {number}: {error}")
         equal, ties = equal + (verdict == "equal"), ties + (verdict == "tie")
-        # As far as the texts are the same, and one token more: the logits before it have seen the same.
-        same = next(
-            (at for at, pair in enumerate(zip(found.tokens, wanted.tokens, strict=True)) if pair[0] != pair[1]), -1
-        )
-        until = len(wanted.tokens) if same < 0 else same + 1
-        difference = found.logits[:until].double() - wanted.logits[:until].double()
-        worst = max(worst, float(difference.norm() / wanted.logits[:until].double().norm()))
+        worst = max(worst, apart(found, one.found))
     if worst > LARGEST[given.dtype]:
         wrong.append(f"logits are {worst:.1e} off")
-    said = f"{row}, {given.dtype}: of {len(texts)} prompts {equal} equal, {ties} tie; logits at most {worst:.1e} off"
-    return {"said": "\n  ".join([said, *wrong]), "wrong": bool(wrong)}
+    said = f"{row}, {given.dtype}: of {len(wanted)} prompts {equal} equal, {ties} tie; logits at most {worst:.1e} off"
+    return Checked(said, wrong)
+
+
+def apart(found: Any, wanted: Any) -> float:
+    """Relative error of the logits as far as the texts are the same, and one token more: those have seen the same."""
+    pairs = zip(found.tokens, wanted.tokens, strict=True)
+    same = next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), -1)
+    until = len(wanted.tokens) if same < 0 else same + 1
+    difference = found.logits[:until].double() - wanted.logits[:until].double()
+    return float(difference.norm() / wanted.logits[:until].double().norm())
 
 
 def prompts(encode: Any, count: int) -> list[list[int]]:
