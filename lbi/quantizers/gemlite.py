@@ -4,8 +4,8 @@ The package cannot be imported without a GPU (it asks for its compute capability
 imported when a layer is made, and never earlier. A name says what multiplies what: a16w4 is
 16-bit inputs and 4-bit weights, a8w8 quantizes the inputs at each call.
 
-Its kernels are tuned at the first call of each shape, in the warm-up; `load_tuning` and
-`save_tuning` keep the result per environment, so that it is paid once.
+Its kernels are tuned at the first call of each shape, in the warm-up, all cores compiling the
+candidates; `load_tuning` and `save_tuning` keep the result per environment, so that it is paid once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lbi.config import QuantizerConfig
 from lbi.errors import NotApplied, Unsupported
 from lbi.quantizers import COMMON, Method, Needs, Observed
+from lbi.quantizers.candidates_ahead import compile_candidates_ahead
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,7 @@ def _set_up(accumulate: str, tuning: str) -> None:
         before = "accumulate={} tuning={}".format(*_set_up_as[0])
         raise NotApplied(f"GemLite is set for a whole process: {before} and accumulate={accumulate} tuning={tuning}")
     _set_up_as.append((accumulate, tuning))
+    compile_candidates_ahead()
     gemlite.set_native_atomic_bfp16(accumulate == "native")
     if tuning != "fast":
         gemlite.set_autotune(tuning)
