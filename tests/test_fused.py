@@ -194,7 +194,15 @@ def test_short_prompts_are_captured_by_the_length_that_they_are_filled_up_to(mon
     assert [bucket.logits.replays for _, bucket in sorted(graphed._buckets.items())] == [3, 2]
 
 
-@pytest.mark.parametrize(("script", "said"), [("interpreted_decode", "5 shapes"), ("compiled_decode", "sm_90: 48 k")])
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("interpreted_decode", "5 shapes"),
+        ("compiled_decode", "sm_90: 48 k"),
+        ("interpreted_several", "5 shapes"),
+        ("compiled_several", "sm_90: 24 k"),
+    ],
+)
 @pytest.mark.slow
 def test_the_kernels_do_what_their_torch_reference_does_and_compile(script: str, said: str) -> None:
     """In Triton's interpreter, or for a GPU that is not here: each takes over its whole process."""

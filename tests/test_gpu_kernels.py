@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from packed_cases import FORMS, Form, error, random_matrix
 from test_fused import CONFIG, expected, llama, off
 
 from lbi.engines.fused import FusedEngine
+from lbi.engines.fused_llama import Llama
 from lbi.kernels.formats import Packed
 from lbi.quantizers import assign
 from lbi.quantizers.options import option
@@ -77,6 +79,26 @@ def test_fused_says_what_hugging_face_says(heads: int, kv: int, width: int, grap
         found = engine.generate(prompt, 70, seed=0, inspect=True)
         assert off(found.logits, logits) < 1e-3
         assert found.tokens == tokens
+
+
+@pytest.mark.parametrize(("heads", "kv", "width"), [(4, 4, 64), (9, 3, 64), (8, 2, 80), (32, 8, 128), (16, 1, 96)])
+def test_several_tokens_behind_a_cache_are_what_they_are_on_a_cpu(heads: int, kv: int, width: int) -> None:
+    """16 tokens of 16 heads are more rows than a tile has; 17 tokens more than the products take at once."""
+    on_cpu = llama(heads=heads, kv=kv, width=width)
+    on_card = deepcopy(on_cpu).cuda()
+    ours, theirs = (Llama(model, 300) for model in (on_card, on_cpu))
+    with torch.no_grad():
+        for count in (2, 9, 16, 17):
+            begun = int(torch.randint(1, 300 - count, ()).item())
+            text = torch.randint(0, 517, (begun + count,))
+            where = begun + torch.arange(count)
+            expected_logits = extended(theirs, text, where)
+            assert off(extended(ours, text.cuda(), where.cuda()).cpu(), expected_logits) < 1e-4, (begun, count)
+
+
+def extended(model: Llama, text: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    model.prefill(text[: where[0]])
+    return model.extend(text[where[0] :], where)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

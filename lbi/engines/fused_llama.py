@@ -23,6 +23,7 @@ from lbi.kernels import cache_ops
 from lbi.kernels.cache_formats import CacheFormat, Rows, halves_problem
 from lbi.kernels.decode_torch import Shape, TorchSteps, rotate, times
 from lbi.kernels.formats import Packed, interleaved, stacked
+from lbi.kernels.several_torch import TorchSeveral
 
 WAY_OUT = "engine=loop runs any model of transformers with any quantizer"
 
@@ -46,6 +47,10 @@ class Layer:
     mlp_gain: torch.Tensor
     keys: torch.Tensor | Rows
     values: torch.Tensor | Rows
+
+
+Attend = Callable[[torch.Tensor, Layer], torch.Tensor]
+"""From the product of queries, keys and values (T, rows) to what a layer's attention makes of it (T, heads * width)."""
 
 
 class Llama:
@@ -78,7 +83,7 @@ class Llama:
         self.head = matrix_of(model.lm_head)
         self._rotary: Any = model.model.rotary_emb
         self.cos, self.sin = self._angles(slots + 1)
-        self.steps: Any = self._operations()
+        self.steps, self.several = self._operations()
 
     def step(self, choose: Choose | None = None, noise: torch.Tensor | None = None, turn: int = 0) -> torch.Tensor:
         """The token at the position goes through the model, and the next one is put behind it.
@@ -109,31 +114,44 @@ class Llama:
 
     def prefill(self, tokens: torch.Tensor, *, keep: bool = True) -> torch.Tensor:
         """The stream behind the last block for (T,) tokens, (T, hidden) float32. `keep`: fill the cache from slot 0."""
-        stream = self.table(tokens).float()
-        count = tokens.shape[0]
-        cos, sin = self._angles(count)
-        for layer in self.layers:
-            q, k, v = self._heads(product(self._normed(stream, layer.attention_gain), layer.qkv), cos, sin)
+        stream, delta = self.table(tokens).float(), None
+        cos, sin = self._angles(tokens.shape[0])
+
+        def attend(qkv: torch.Tensor, layer: Layer) -> torch.Tensor:
+            q, k, v = self._heads(qkv, cos, sin)
             if keep:
                 self._fill(layer, k, v)
-            mixed = self._attended(q[None], k[None], v[None])
-            stream = self._behind_attention(stream, mixed[0].transpose(0, 1).reshape(count, -1), layer)
-        return stream
+            return self._attended(q[None], k[None], v[None])[0].transpose(0, 1).reshape(len(qkv), -1)
+
+        for layer in self.layers:
+            delta = self._block(stream, delta, layer, attend)
+        return stream if delta is None else stream.add_(delta)
 
     def extend(self, tokens: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Logits (T, vocabulary) float32 of (T,) tokens that stand at `where` (T,), behind what the cache has.
 
-        Attention goes over the whole cache under a mask, so nothing about the shapes depends on how far the text is.
+        Nothing about the shapes depends on how far the text is.
         """
-        shape, count = self.shape, tokens.shape[0]
-        stream = self.table(tokens).float()
-        cos, sin = self.cos.index_select(0, where), self.sin.index_select(0, where)
-        sees = torch.arange(shape.slots, device=where.device)[None] <= where[:, None]
+        stream, delta = self.table(tokens).float(), None
+        self.several.begin(where, self.cos, self.sin)
+
+        def attend(qkv: torch.Tensor, layer: Layer) -> torch.Tensor:
+            return self.several.attention(qkv, layer.keys, layer.values)
+
         for layer in self.layers:
-            q, k, v = self._heads(product(self._normed(stream, layer.attention_gain), layer.qkv), cos, sin)
-            mixed = self._behind_cache(layer, where, sees, q, k, v)
-            stream = self._behind_attention(stream, mixed.transpose(0, 1).reshape(count, -1), layer)
-        return self.logits(stream)
+            delta = self._block(stream, delta, layer, attend)
+        return product(self.several.norm(stream, delta, self.gain), self.head).float()
+
+    def _block(self, stream: torch.Tensor, delta: torch.Tensor | None, layer: Layer, attend: Attend) -> torch.Tensor:
+        """What a block's MLP adds to the stream, (T, hidden) both; `delta` is that of the block before.
+
+        That, and what its attention adds, is in `stream` afterwards.
+        """
+        several = self.several
+        qkv = product(several.norm(stream, delta, layer.attention_gain), layer.qkv)
+        delta = product(attend(qkv, layer), layer.out)
+        act = several.swiglu(product(several.norm(stream, delta, layer.mlp_gain), layer.gate_up))
+        return product(act, layer.down)
 
     def _heads(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -143,27 +161,6 @@ class Llama:
         sizes = [shape.heads * shape.width, shape.kv_heads * shape.width, shape.kv_heads * shape.width]
         q, k, v = (part.view(count, -1, shape.width).transpose(0, 1) for part in qkv.split(sizes, dim=1))
         return rotate(q, cos, sin).to(self.dtype), rotate(k, cos, sin).to(self.dtype), v
-
-    def _behind_attention(self, stream: torch.Tensor, mixed: torch.Tensor, layer: Layer) -> torch.Tensor:
-        """The stream (T, hidden) behind a block, whose attention gave `mixed` (T, heads * width)."""
-        stream = stream + product(mixed, layer.out)
-        gate, up = product(self._normed(stream, layer.mlp_gain), layer.gate_up).view(len(stream), -1, 2).unbind(2)
-        return stream + product(F.silu(gate) * up, layer.down)
-
-    def _behind_cache(
-        self, layer: Layer, where: torch.Tensor, sees: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        """Put tokens at `where` (T,) into the cache; attention (heads, T, width) over it, as far as each `sees`."""
-        if isinstance(layer.keys, Rows) and isinstance(layer.values, Rows) and self.cache is not None:
-            cache_ops.put(layer.keys, k, where[:1], self.cache)
-            cache_ops.put(layer.values, v, where[:1], self.cache)
-            scale = self.shape.width**-0.5
-            return cache_ops.attend(q, layer.keys, layer.values, where[-1:], self.cache, scale, offset=1)
-        keys, values = layer.keys, layer.values
-        keys.index_copy_(1, where, k)  # type: ignore[union-attr]
-        values.index_copy_(1, where, v)  # type: ignore[union-attr]
-        several = self.shape.heads != self.shape.kv_heads
-        return F.scaled_dot_product_attention(q[None], keys[None], values[None], sees, enable_gqa=several)[0]  # type: ignore[index]
 
     def _fill(self, layer: Layer, k: torch.Tensor, v: torch.Tensor) -> None:
         """Keys and values (kv heads, tokens, width) into the first slots."""
@@ -185,10 +182,7 @@ class Llama:
 
     def logits(self, stream: torch.Tensor) -> torch.Tensor:
         """(..., vocabulary) float32 of a stream (..., hidden)."""
-        return product(self._normed(stream, self.gain), self.head).float()
-
-    def _normed(self, stream: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-        return (F.rms_norm(stream, stream.shape[-1:], eps=self.shape.eps) * gain).to(self.dtype)
+        return product(self.several.norm(stream, None, self.gain), self.head).float()
 
     def _angles(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the first `count` positions, (count, width / 2) float32."""
@@ -244,12 +238,16 @@ class Llama:
             raise Unsupported(f"cache.group_size={cache.group_size}: {why}")
         return made
 
-    def _operations(self) -> Any:
+    def _operations(self) -> tuple[Any, TorchSeveral]:
+        """What lies between the products of a step, and of a pass of several tokens."""
         if self.device.type != "cuda":
-            return TorchSteps(self.shape, self.device, self.dtype, self.cache)
+            several = TorchSeveral(self.shape, self.dtype, self.cache)
+            return TorchSteps(self.shape, self.device, self.dtype, self.cache), several
         from lbi.kernels.decode import TritonSteps
+        from lbi.kernels.several import TritonSeveral
 
-        return TritonSteps(self.shape, self.device, self.dtype, self.cache)
+        given = self.shape, self.device, self.dtype, self.cache
+        return TritonSteps(*given), TritonSeveral(*given)
 
 
 def product(x: torch.Tensor, matrix: Packed) -> torch.Tensor:

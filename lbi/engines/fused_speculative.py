@@ -1,8 +1,8 @@
 """engine=fused with speculative decoding: a verification of k + 1 tokens by the same matrices.
 
-Without drafts it is the engine's own step. With drafts the products are those of a short prefill, and attention
-looks at the whole cache under a mask, so that shapes are fixed. Nothing counts the cache but the
-position, so that dropping drafts is setting it.
+Without drafts it is the engine's own step. With drafts the products are those of a short prefill, and what lies
+between them has kernels of its own (kernels/several.py). Shapes are fixed, however far the text is. Nothing
+counts the cache but the position, so that dropping drafts is setting it.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class SpeculativeFused(Speculative, FusedEngine):
         return int(self._last())
 
     def describe_cache(self) -> dict[str, Any]:
-        """See `Target.describe_cache`: a verification reads it to its end, but a low-bit one as far as the text is."""
+        """See `Target.describe_cache`: by torch a verification reads a cache that is not low-bit to its end."""
         found = self._describe_cache()
-        if self.llama.cache is None:
+        if self.llama.cache is None and not self.llama.several.reads_live(self.drafts.tokens.shape[0] + 1):
             found["reads"] = "slots"
         if self._by_model is not None and not self._by_model.shares_cache:
             own = describe_slots(self._by_model.llama)

@@ -83,13 +83,13 @@ def most_words(tensor: torch.Tensor) -> int:
 def words_for(matrix: Packed, x: torch.Tensor, columns: int, tile: Tile) -> int:
     """Words of a row in a step of `tile` for `columns` tokens of `x`: as many as the stages have shared memory for.
 
-    By what Triton takes: a step less than `stages` of words and inputs, and where the inputs are float32, which the
-    tensor cores do not have, the operands of a step besides.
+    By what Triton takes: `stages` steps of words and inputs (3.6 one less than 3.9), and where the inputs are float32,
+    which the tensor cores do not have, the operands of a step besides.
     """
     item, fields = x.element_size(), 32 // BITS[matrix.format]
     for words in (128, 64, 32):
         inputs = words * fields
-        taken = (tile.stages - 1) * (inputs * columns * item + tile.rows * words * 4)
+        taken = tile.stages * (inputs * columns * item + tile.rows * words * 4)
         taken += inputs * (tile.rows + columns) * item if item > 2 else 0
         # What float32 takes in registers allows no more than 32; a margin for scales.
         if taken + 8192 <= shared_memory(x) and (item == 2 or words == 32):
