@@ -170,7 +170,12 @@ class DecodingConfig:
         "draft: another model; self: the same weights at fewer bits, with the keys and values of the model itself",
         default=None,
     )
-    draft_tokens: int | None = knob("speculative: tokens drafted at once, at most", default=None, low=1, high=32)
+    draft_tokens: int | None = knob(
+        "speculative: tokens drafted at once, at most; engine=fused has kernels for 15 and fewer",
+        default=None,
+        low=1,
+        high=32,
+    )
     adaptive: bool = knob(
         "speculative: twice as many drafts after all stood, half as many after less than half did", default=False
     )
