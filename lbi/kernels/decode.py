@@ -5,7 +5,7 @@ decode_torch.py has the same operations in torch, for a CPU and as what these ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from lbi.kernels import cache_gpu
 from lbi.kernels.cache_formats import CacheFormat, Rows
 from lbi.kernels.decode_torch import Shape
 from lbi.kernels.device import decode as device
-from lbi.kernels.formats import Packed
+from lbi.kernels.formats import ZERO, Packed
 from lbi.kernels.gemv import constants, steps
 from lbi.kernels.tiles import step_tile_for
 
@@ -80,7 +80,7 @@ class TritonSteps:
 
     def product_add(self, matrix: Packed, x: torch.Tensor, gain: torch.Tensor) -> None:
         """The stream grows by the matrix times `x`; `gain` is that of the norm that comes next."""
-        cut, programs, warps = _tiling(matrix)
+        cut, programs, warps = _tiling(matrix, self.dtype)
         stream = self.stream
         device.product_add[(programs,)](
             x, matrix.data, matrix.scales, matrix.zeros, stream.values, gain, stream.gained, stream.squares,
@@ -132,7 +132,7 @@ class TritonSteps:
         logits = self._buffer(f"logits {turn}", matrix.rows, torch.float32)
         best = self._buffer("best", matrix.rows, torch.float32)
         self._norm_product(device.head, matrix, (logits, best, self._buffer("where", matrix.rows, torch.int32)))
-        self._candidates = _tiling(matrix)[1]
+        self._candidates = _tiling(matrix, self.dtype)[1]
         return logits
 
     def next_token(self) -> None:
@@ -148,7 +148,7 @@ class TritonSteps:
         self.tokens.index_copy_(0, self.position.long(), token)
 
     def _norm_product(self, kernel: Any, matrix: Packed, outputs: tuple[torch.Tensor, ...]) -> None:
-        cut, programs, warps = _tiling(matrix)
+        cut, programs, warps = _tiling(matrix, self.dtype)
         stream = self.stream
         kernel[(programs,)](
             stream.gained, stream.squares, matrix.data, matrix.scales, matrix.zeros, *outputs, matrix.rows,
@@ -165,9 +165,12 @@ class TritonSteps:
         return self._scratch[name]
 
 
-def _tiling(matrix: Packed) -> tuple[dict[str, Any], int, int]:
+def _tiling(matrix: Packed, dtype: torch.dtype) -> tuple[dict[str, Any], int, int]:
     """Arguments that cut the matrix into programs, the number of these, and the warps of one."""
     tile = step_tile_for(matrix)
+    if matrix.data.is_cuda and dtype == torch.float32 and matrix.format in ZERO:
+        # As in gemv.py: what is multiplied without the tensor cores takes registers.
+        tile = replace(tile, rows=16, words=32)
     count, even = steps(matrix, tile)
     cut = {"BN": tile.rows, "BW": tile.words, "STEPS": count, "EVEN": even, "num_stages": tile.stages}
     return constants(matrix) | cut, -(-matrix.rows // tile.rows), tile.warps

@@ -40,7 +40,7 @@ def tile_for(matrix: Packed) -> Tile:
 def step_tile_for(matrix: Packed) -> Tile:
     """The tile for a matrix within a step of engine=fused, where products overlap and none is split."""
     known = _known(_gpu(matrix.data)).get(f"step {key(matrix)}")
-    return known or _rule_of_thumb(matrix)
+    return known or _rule_of_thumb_in_a_step(matrix)
 
 
 def key(matrix: Packed) -> str:
@@ -73,6 +73,18 @@ def _rule_of_thumb(matrix: Packed) -> Tile:
         return Tile(16 if matrix.rows <= 8192 else 32, most_words(matrix.data), 4)
     words = min(2048, 1 << (width - 1).bit_length())
     return Tile(2 if matrix.format == "plain" else 4, max(words, 16), 4)
+
+
+def _rule_of_thumb_in_a_step(matrix: Packed) -> Tile:
+    """As its neighbours were tuned on an H200, in five formats: short rows at once, long ones by many warps."""
+    if not matrix.data.is_cuda or matrix.format not in ZERO:
+        return _rule_of_thumb(matrix)
+    width = matrix.data.shape[1]
+    if matrix.inputs > 4096:
+        return Tile(16, 128, 8, stages=3)
+    if width <= 512 and matrix.rows <= 8192:
+        return Tile(16, max(16, 1 << (width - 1).bit_length()), 4)
+    return Tile(32 if matrix.rows > 65536 else 16, 64, 2, stages=3)
 
 
 def most_words(tensor: torch.Tensor) -> int:
