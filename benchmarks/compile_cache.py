@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+"""This checkout before what else is on the path: packages may be there alone."""
 
 
 def measure(command: list[str], store: Path, node: Path) -> dict[str, Any]:
     """Run the cell on a node; what its newest attempt found."""
     (node / "tmp").mkdir(parents=True, exist_ok=True)
     places = {"LBI_STORE": str(store), "LBI_CACHE": str(node / "cache"), "TMPDIR": str(node / "tmp")}
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), **places}
+    variables = {**os.environ, "PYTHONPATH": PATH, **places}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, cwd=node)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-2000:]}")

@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+"""This checkout before what else is on the path: packages may be there alone."""
 
 GRID = "engine=hf quantizer=none,int8_wo,hqq4 compiler=eager,inductor compiler.dynamic=true measure=brief"
 """On both devices; with `compiler.dynamic` a growing cache is one graph, too."""
@@ -144,7 +146,7 @@ class Side:
         """Run what is missing, at most until then; whether all of it is there. Raises `SystemExit` if lbi refuses."""
         (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
         places = {"LBI_STORE": "store", "LBI_CACHE": "cache", "TMPDIR": "tmp"}
-        variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+        variables = {**os.environ, "PYTHONPATH": PATH}
         variables |= {name: str(self.folder / place) for name, place in places.items()}
         with (self.folder / "output").open("a") as output:
             process = subprocess.Popen(self.command, env=variables, stdout=output, stderr=output, cwd=self.folder)

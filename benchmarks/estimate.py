@@ -19,13 +19,15 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+"""This checkout before what else is on the path: packages may be there alone."""
 
 
 def sweep(store: Path, model: str, quantizers: str, *more: str) -> tuple[int, float, float]:
     """Run one; how many runs it had, their seconds, and what had been estimated."""
     command = [sys.executable, "-m", "lbi", "-m", f"model={model}", "tracker=none", "measure=brief", "cache=static"]
     command += ["compiler=eager,inductor", f"quantizer={quantizers}", "sweep.name=estimate", *more]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "LBI_STORE": str(store), "LBI_CACHE": str(store / "cache")}
+    variables = {**os.environ, "PYTHONPATH": PATH, "LBI_STORE": str(store), "LBI_CACHE": str(store / "cache")}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, cwd=store)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-2000:]}")

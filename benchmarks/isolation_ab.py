@@ -34,6 +34,8 @@ from lbi.isolation_check import Pair
 from lbi.metrics import median_interval
 
 ROOT = Path(__file__).parent.parent
+PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+"""This checkout before what else is on the path: packages may be there alone."""
 
 SPEEDS = ("decode_tok_s", "prefill_tok_s")
 
@@ -79,7 +81,7 @@ def measure(way: str, folder: Path, common: Path, overrides: Sequence[str]) -> l
         (store / name).symlink_to(common / name)
     own = [f"resources.isolation={way}", "resources.shared_quality=false", "tracker=none", "sweep.name=ab"]
     command = [sys.executable, "-m", "lbi", "-m", *overrides, *own]
-    places = {"LBI_STORE": str(store), "LBI_CACHE": str(common / "cache"), "PYTHONPATH": str(ROOT)}
+    places = {"LBI_STORE": str(store), "LBI_CACHE": str(common / "cache"), "PYTHONPATH": PATH}
     done = subprocess.run(
         command, env={**os.environ, **places}, cwd=folder, capture_output=True, text=True, check=False
     )
