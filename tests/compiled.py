@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import triton
+from fits import SHARED
 from packed_cases import FORMS, random_matrix
 
 from lbi.kernels import tiles
@@ -17,9 +18,6 @@ from lbi.kernels.compile_only import compile_only, compiled
 from lbi.kernels.device import gemv as device
 from lbi.kernels.gemv import constants, gemv, matmul_small
 from lbi.kernels.tiles import Tile
-
-SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
-"""Bytes of shared memory that a program may have, by compute capability."""
 
 
 def attempt(name: str, capability: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import torch
+from fits import say_whether_they_fit
 
 from lbi.kernels import cache_gpu
 from lbi.kernels.cache_formats import FORMATS, CacheFormat
-from lbi.kernels.compile_only import compile_only, compiled
-
-SHARED = 227 << 10
-"""Bytes of shared memory that a program of sm_90 may have."""
+from lbi.kernels.compile_only import compile_only
 
 
 def main() -> None:
@@ -32,10 +30,7 @@ def main() -> None:
                 queries, keys, values, position, 1, kind, 0.1, out, scratch, splits,
                 new=tuple(new) if fused else None, angles=angles, launch={"PDL": fused, **extra},
             )  # fmt: skip
-    shared = max(kernel.metadata.shared for kernel in compiled)
-    if shared > SHARED:
-        raise SystemExit(f"{shared} bytes of shared memory")
-    print(f"sm_90: {len(compiled)} kernels, {shared} bytes of shared memory at most")
+    say_whether_they_fit()
 
 
 if __name__ == "__main__":

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import torch
+from fits import say_whether_they_fit
 from packed_cases import FORMS, random_matrix
 
 from lbi.kernels import tiles
-from lbi.kernels.compile_only import compile_only, compiled
+from lbi.kernels.compile_only import compile_only
 from lbi.kernels.decode import TritonSteps
 from lbi.kernels.decode_torch import Shape
 from lbi.kernels.formats import Packed, interleaved
 from lbi.kernels.tiles import Tile
-
-SHARED = 227 << 10
-"""Bytes of shared memory that a program of sm_90 may have."""
 
 HIDDEN = 512
 
@@ -58,10 +56,7 @@ def main() -> None:
         steps = TritonSteps(shape, torch.device("cpu"), torch.bfloat16)
         steps._pdl = True
         step(steps, name, tile)
-    shared = max(kernel.metadata.shared for kernel in compiled)
-    if shared > SHARED:
-        raise SystemExit(f"{shared} bytes of shared memory")
-    print(f"sm_90: {len(compiled)} kernels, {shared} bytes of shared memory at most")
+    say_whether_they_fit()
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import torch
+from fits import say_whether_they_fit
 
-from lbi.kernels.compile_only import compile_only, compiled
+from lbi.kernels.compile_only import compile_only
 from lbi.kernels.decode_torch import Shape
 from lbi.kernels.several import TritonSeveral
-
-SHARED = 227 << 10
-"""Bytes of shared memory that a program of sm_90 may have."""
 
 
 def main() -> None:
@@ -32,10 +30,7 @@ def main() -> None:
         keys, values = (torch.zeros(kv, 256, width, dtype=dtype) for _ in range(2))
         several.attention(torch.zeros(count, (heads + 2 * kv) * width, dtype=dtype), keys, values)
         several.swiglu(torch.zeros(count, 3072, dtype=dtype))
-    shared = max(kernel.metadata.shared for kernel in compiled)
-    if shared > SHARED:
-        raise SystemExit(f"{shared} bytes of shared memory")
-    print(f"sm_90: {len(compiled)} kernels, {shared} bytes of shared memory at most")
+    say_whether_they_fit()
 
 
 if __name__ == "__main__":

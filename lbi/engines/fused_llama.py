@@ -140,7 +140,7 @@ class Llama:
 
         for layer in self.layers:
             delta = self._block(stream, delta, layer, attend)
-        return product(self.several.norm(stream, delta, self.gain), self.head).float()
+        return self.logits(stream, delta)
 
     def _block(self, stream: torch.Tensor, delta: torch.Tensor | None, layer: Layer, attend: Attend) -> torch.Tensor:
         """What a block's MLP adds to the stream, (T, hidden) both; `delta` is that of the block before.
@@ -180,9 +180,9 @@ class Llama:
         several = self.shape.heads != self.shape.kv_heads
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=several)
 
-    def logits(self, stream: torch.Tensor) -> torch.Tensor:
-        """(..., vocabulary) float32 of a stream (..., hidden)."""
-        return product(self.several.norm(stream, None, self.gain), self.head).float()
+    def logits(self, stream: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+        """(T, vocabulary) float32 of a stream (T, hidden), to which `delta` is added first."""
+        return product(self.several.norm(stream, delta, self.gain), self.head).float()
 
     def _angles(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the first `count` positions, (count, width / 2) float32."""
