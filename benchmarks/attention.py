@@ -59,7 +59,7 @@ def main() -> None:
         kind = cache_format(name)
         held = [layer(kind, depth + 8) for _ in range(LAYERS)]
         size = sum(tensor.nbytes for side in held[0] for tensor in getattr(side, "tensors", [side]))
-        for cut in cuts(kind) if given.tries else [cut_for(kind.name if kind else None, depth + 8)]:
+        for cut in cuts(kind) if given.tries else [cut_for(kind, depth + 8)]:
             row = measure(held, kind, depth, cut) | {"cache": name, "depth": depth, "cut": str(cut)}
             row |= {"ideal_us": size * depth / (depth + 8) / bandwidth * 1e6}
             found.append(row)

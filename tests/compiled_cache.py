@@ -23,7 +23,7 @@ def main() -> None:
             angles = (torch.zeros(65, width // 2), torch.zeros(65, width // 2)) if fused else None
             position = torch.zeros(1, dtype=torch.int32 if fused else torch.int64)
             extra = {"launch_pdl": True} if fused else {}
-            cut = cache_gpu.cut_for(name, 64)
+            cut = cache_gpu.cut_for(kind, 64)
             scratch = cache_gpu.scratch(torch.device("cpu"), heads, kv_heads, width, splits, cut)
             out = torch.zeros(heads, width, dtype=torch.bfloat16)
             cache_gpu.attend(

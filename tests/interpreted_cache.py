@@ -65,9 +65,7 @@ def check(kind: CacheFormat, heads: int, kv_heads: int) -> None:
 
 def room(kind: CacheFormat, heads: int, kv_heads: int) -> tuple[torch.Tensor, cache_gpu.Scratch, int]:
     """Where attention's result goes, what its programs leave for one another, and how many share a head."""
-    scratch = cache_gpu.scratch(
-        torch.device("cpu"), heads, kv_heads, kind.width, 3, cache_gpu.cut_for(kind.name, SLOTS)
-    )
+    scratch = cache_gpu.scratch(torch.device("cpu"), heads, kv_heads, kind.width, 3, cache_gpu.cut_for(kind, SLOTS))
     return torch.empty(heads, kind.width), scratch, 3
 
 

@@ -58,5 +58,10 @@ def random_matrix(form: Form, rows: int, inputs: int, dtype: torch.dtype) -> Pac
 
 def error(found: torch.Tensor, matrix: Packed, x: torch.Tensor, bias: torch.Tensor | None = None) -> float:
     """Relative distance of a product from the one in float64 with the weights that are stored."""
-    expected = x.double() @ matrix.dequantize().double().T + (0.0 if bias is None else bias.detach().double())
+    expected = exact(matrix, x, bias)
     return float((found.double() - expected).norm() / expected.norm())
+
+
+def exact(matrix: Packed, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The product in float64."""
+    return x.double() @ matrix.dequantize().double().T + (0.0 if bias is None else bias.detach().double())

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from packed_cases import FORMS, Form, error, random_matrix
+from packed_cases import FORMS, Form, error, exact, random_matrix
 from test_fused import CONFIG, expected, llama, off
 
 from lbi.engines.fused import FusedEngine
@@ -21,8 +21,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 ON_GPU = SimpleNamespace(**{**vars(CONFIG), "engine": SimpleNamespace(device="cuda", tokens_per_graph=1)})
 
-LARGEST = {torch.bfloat16: 2e-3, torch.float16: 1e-3, torch.float32: 1e-5}
-"""Relative to float64, with the weights as stored: a result is rounded to the type once."""
+BEYOND = {torch.bfloat16: 5e-4, torch.float16: 5e-4, torch.float32: 1e-5}
+"""Relative to float64, with the weights as stored, beyond what it takes to round that result to the type: with few
+rows that alone is more than 2e-3 of bf16 now and then."""
 
 
 def on_gpu(matrix: Packed) -> Packed:
@@ -30,7 +31,7 @@ def on_gpu(matrix: Packed) -> Packed:
     return replace(matrix, **{name: tensor.cuda() for name, tensor in moved.items() if tensor is not None})
 
 
-@pytest.mark.parametrize("dtype", LARGEST, ids=str)
+@pytest.mark.parametrize("dtype", BEYOND, ids=str)
 @pytest.mark.parametrize("name", FORMS)
 def test_products_are_those_of_float64(name: str, dtype: torch.dtype) -> None:
     """Every way through the kernels: one token, few, and more than the tensor cores take at once."""
@@ -49,7 +50,8 @@ def test_products_are_those_of_float64(name: str, dtype: torch.dtype) -> None:
             y = packed_linear(x.cuda(), there.data, there.scales, there.zeros, bias.cuda(), there.format)
             # Beyond 16 tokens the weights are written out, and rounded, too.
             roundings = 2 if tokens > MOST_ROWS else 1
-            assert error(y.cpu(), matrix, x, bias) < LARGEST[dtype] * roundings, (rows, inputs, tokens)
+            unavoidable = error(exact(matrix, x, bias).to(dtype), matrix, x, bias)
+            assert error(y.cpu(), matrix, x, bias) < roundings * unavoidable + BEYOND[dtype], (rows, inputs, tokens)
 
 
 @pytest.mark.parametrize("name", ["w4 g32", "w4 row", "w2 g64", "w158", "w8"])
@@ -84,7 +86,7 @@ def test_fused_says_what_hugging_face_says(heads: int, kv: int, width: int, grap
 @pytest.mark.parametrize(("heads", "kv", "width"), [(4, 4, 64), (9, 3, 64), (8, 2, 80), (32, 8, 128), (16, 1, 96)])
 def test_several_tokens_behind_a_cache_are_what_they_are_on_a_cpu(heads: int, kv: int, width: int) -> None:
     """16 tokens of 16 heads are more rows than a tile has; 17 tokens more than the products take at once."""
-    on_cpu = llama(heads=heads, kv=kv, width=width)
+    on_cpu = llama(heads=heads, kv=kv, width=width, hidden_size=32 * heads)
     on_card = deepcopy(on_cpu).cuda()
     ours, theirs = (Llama(model, 300) for model in (on_card, on_cpu))
     with torch.no_grad():
@@ -132,7 +134,7 @@ def test_attention_over_a_low_bit_cache_is_that_of_float64(
     from lbi.kernels.cache_formats import CacheFormat
 
     kind, slots, scale = CacheFormat(name, width, group or width), 3000, width**-0.5
-    cut = cache_gpu.cut_for(name, slots)
+    cut = cache_gpu.cut_for(kind, slots)
     splits = cache_gpu.splits_for(torch.device("cuda"), kv, slots, cut)
     # A few keys that stand out, and values far from zero, as real models have them.
     keys, values = torch.randn(kv, slots, width, device="cuda") * 2, torch.randn(kv, slots, width, device="cuda") + 3

@@ -131,7 +131,13 @@ def test_on_a_gpu_torch_unpacks(dtype: torch.dtype) -> None:
     codes, scale = random_codes(67, 1000).cuda(), torch.rand(1).cuda()
     layer = packed_layer(codes, scale)
     assert layer.route == "unpacked by torch"
-    assert error(layer, codes, scale, torch.randn(3, 1000).to("cuda", dtype)) < TOLERANCE[dtype]
+    inputs = torch.randn(3, 1000).to("cuda", dtype)
+    assert error(layer, codes, scale, inputs) < TOLERANCE[dtype]
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = layer(inputs)
+    graph.replay()
+    assert torch.equal(captured, layer(inputs))
 
 
 def plain_rsr(codes: np.ndarray, vector: np.ndarray, k: int) -> np.ndarray:

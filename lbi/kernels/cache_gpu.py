@@ -35,6 +35,9 @@ SHORT = {None: Cut(32, 3, 1)} | dict.fromkeys(FORMATS, Cut(64, 3, 1))
 LONG = {None: Cut(64, 3, 2), "int8": Cut(128, 2, 2), "fp8": Cut(128, 2, 2), "int4": Cut(64, 3, 2)}
 """By `benchmarks/attention.py --try`; docs/log.md has the figures."""
 
+LONG_ONE_SCALE = {**LONG, "int4": Cut(128, 3, 2)}
+"""Where a head's values have one scale: groups have their scales unpacked beside the codes, and take registers."""
+
 KINDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -63,7 +66,7 @@ def attend(
     heads, (kv_heads, slots, _) = queries.numel() // kind.width, keys.codes.shape
     cos, sin = angles or (None, None)
     new_keys, new_values = new or (None, None)
-    share, cut = heads // kv_heads, cut or cut_for(kind.name, slots)
+    share, cut = heads // kv_heads, cut or cut_for(kind, slots)
     launch = launch or {"PDL": False}
     device.attention[(kv_heads, splits)](
         queries, new_keys, new_values, cos, sin, *keys.tensors, *values.tensors, position, out, *scratch,
@@ -93,9 +96,12 @@ def scratch_size(width: int, heads: int, splits: int) -> int:
     return heads * splits * (_power(width) + 2)
 
 
-def cut_for(name: str | None, slots: int) -> Cut:
+def cut_for(kind: CacheFormat | None, slots: int) -> Cut:
     """The cut for a cache of that format, None being 16 bits, with so many slots."""
-    return (LONG if slots >= LONG_FROM else SHORT)[name]
+    name = kind.name if kind else None
+    if slots < LONG_FROM:
+        return SHORT[name]
+    return (LONG_ONE_SCALE if kind and kind.group == kind.width else LONG)[name]
 
 
 def splits_for(where: torch.device, kv_heads: int, slots: int, cut: Cut) -> int:

@@ -190,7 +190,7 @@ def _attend_on_gpu(
         return attend_in_torch(queries, *held, length, name, group, scale, offset)
     from lbi.kernels import cache_gpu
 
-    cut = cache_gpu.cut_for(name, key_codes.shape[1])
+    cut = cache_gpu.cut_for(kind, key_codes.shape[1])
     splits = cache_gpu.splits_for(queries.device, kv_heads, key_codes.shape[1], cut)
     scratch = cache_gpu.scratch(queries.device, heads, kv_heads, width, splits, cut)
     asked, made = queries.contiguous(), torch.empty_like(queries)

@@ -49,7 +49,7 @@ class TritonSteps:
         self.position = torch.zeros(1, **self._make, dtype=torch.int32)
         self._scratch: dict[str, torch.Tensor] = {}
         self._pdl = device_.type == "cuda" and torch.cuda.get_device_capability(device_) >= (9, 0)
-        self.cut(cache_gpu.cut_for(cache.name if cache else None, shape.slots))
+        self.cut(cache_gpu.cut_for(cache, shape.slots))
 
     def cut(self, cut: cache_gpu.Cut) -> None:
         """Have attention cut into programs otherwise than `cut_for` says; before anything is captured."""

@@ -66,7 +66,8 @@ def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
     words = row_bytes * 4 // WORD_COLUMNS * 32
     lanes = packed[:, :words].reshape(rows, -1, 8, 4).transpose(2, 3)
     fields = torch.cat([lanes.reshape(rows, -1, 1, 8), packed[:, words:].reshape(rows, -1, 1, 8)], dim=1)
-    shifts = torch.tensor([6, 4, 2, 0], dtype=torch.uint8, device=packed.device).view(4, 1)
+    # Made where it is needed: a CUDA graph cannot take a copy from the host.
+    shifts = torch.arange(6, -1, -2, dtype=torch.uint8, device=packed.device).view(4, 1)
     # Two bits at the top of an int8, shifted down with their sign.
     codes = (fields << shifts).view(torch.int8) >> 6
     return codes.reshape(rows, -1)[:, :columns]

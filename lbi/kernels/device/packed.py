@@ -2,11 +2,13 @@
 
 Below 8 bits a GPU has about three instructions a weight at full bandwidth, and a product in its
 usual units takes more than that. So two weights become two floats by one and-or: put into the
-mantissa of OFF, 128 in bf16 and 1024 in fp16, a code q is OFF + q. The tensor cores multiply
-these as they are, 2,048 at once, and add up in float32; what the OFFs add up to is taken off once
-a group, from a product of the same inputs and ones:
+mantissa of OFF, 128 in bf16, a code q is OFF + q. The tensor cores multiply these as they are,
+2,048 at once, and add up in float32; what the OFFs add up to is taken off once a group, from a
+product of the same inputs and ones:
 
     sum (q - z) x  =  sum v x  -  (OFF + z) sum x,    v = OFF + q
+
+In fp16 it is 1024, too much to be taken off a sum, and comes off each weight instead.
 
 A plane is what one such and-or can take out of a word: all of 4 bits; each half of a byte, the
 upper one as 16 (OFF + q); every second pair of 2 bits, two places up in the mantissa of OFF / 4,
@@ -30,7 +32,7 @@ TAKE_OUT = tl.constexpr("{ .reg .b32 both; lop3.b32 both, $2, $3, $4, 0xEA; mov.
 
 @triton.jit
 def _pair(words, AT: tl.constexpr, PLACE: tl.constexpr, FACTOR: tl.constexpr, BITS: tl.constexpr, kind: tl.constexpr):
-    """OFF * FACTOR / 2^PLACE + q * FACTOR, q being the fields at bits AT and AT + 16 of each word."""
+    """OFF * FACTOR / 2^PLACE + q * FACTOR of the fields q at bits AT and AT + 16 of each word; OFF is 0 but in bf16."""
     MASK: tl.constexpr = (2**BITS - 1) << PLACE
     moved = words >> (AT - PLACE)
     if PTX and kind != tl.float32:
@@ -47,6 +49,8 @@ def _pair(words, AT: tl.constexpr, PLACE: tl.constexpr, FACTOR: tl.constexpr, BI
                 TAKE_OUT, "=h,=h,r,r,r", [moved, mask, tl.full((1, 1, 1), (0x6400 + 0x400 * UP) * 0x10001, tl.int32)],
                 dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
             )  # fmt: skip
+            # 1024 a weight would drown what a row of 8,192 ternary weights adds up to. It comes off without rounding.
+            low, high = low - 1024.0 * 2**UP, high - 1024.0 * 2**UP
     else:
         low, high = ((moved & MASK) >> PLACE).to(kind) * FACTOR, ((moved >> 16 & MASK) >> PLACE).to(kind) * FACTOR
     return low, high
@@ -174,8 +178,7 @@ def _coded(
 @triton.jit
 def _too_much(first, second, zero, BITS: tl.constexpr, kind: tl.constexpr):
     """What `_coded` has beyond (code - zero) * input, from the sums of the inputs of either plane."""
-    IN_MANTISSA: tl.constexpr = PTX and kind != tl.float32
-    OFF: tl.constexpr = (128.0 if kind == tl.bfloat16 else 1024.0) if IN_MANTISSA else 0.0
+    OFF: tl.constexpr = 128.0 if PTX and kind == tl.bfloat16 else 0.0
     if BITS == 2:
         found = (OFF + zero) * first + (OFF / 4 + zero) * second
     else:
@@ -259,8 +262,7 @@ def _input_weights(k, BITS: tl.constexpr, Z: tl.constexpr, kind: tl.constexpr):
 
     All of it are whole numbers of eight bits or less times a power of two, which bf16 holds.
     """
-    IN_MANTISSA: tl.constexpr = PTX and kind != tl.float32
-    OFF: tl.constexpr = (128 if kind == tl.bfloat16 else 1024) if IN_MANTISSA else 0
+    OFF: tl.constexpr = 128 if PTX and kind == tl.bfloat16 else 0
     FIRST: tl.constexpr = (17 if BITS == 8 else 1) * OFF + max(Z, 0)
     SECOND: tl.constexpr = OFF // 4 + max(Z, 0) if BITS == 2 else FIRST
     of_plane = tl.where((k & 4) != 0, SECOND * 1.0, FIRST * 1.0)[:, None]
