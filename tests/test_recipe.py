@@ -95,6 +95,8 @@ def run_here(text: str, file: Path) -> tuple[dict[str, Any], list[int]]:
     import torch
 
     file.write_text(text)
+    # dynamo remembers what other tests compiled, and a script allows it no more than its own.
+    torch._dynamo.reset()
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
     try:
         defined = runpy.run_path(str(file))
