@@ -19,6 +19,7 @@ from lbi.files import BadFile, read_json, write_json
 from lbi.store import SCHEMA
 
 if TYPE_CHECKING:
+    from lbi.ahead import Share
     from lbi.worker import Task
 
 REFERENCE_COST = "cost.json"
@@ -45,6 +46,14 @@ class Account:
         """How the measuring process, and before it perhaps the reference's, was started."""
         new = started.new_server or bool(self.facts.get("new_server"))
         self.facts |= {"forked": started.import_s is not None, "server_import_s": started.import_s, "new_server": new}
+
+    def note_ahead(self, share: Share | None) -> float:
+        """What compiling the run's graph ahead took of the slot, if that was for this run; its seconds."""
+        if share is None:
+            return 0.0
+        self.seconds["compile ahead"] = share.seconds
+        self.facts["new_server"] = share.new_server
+        return share.seconds
 
     def note_reference(self, seconds: float, made: Sequence[Path]) -> None:
         """The unquantized model was run for `seconds`, the start of its process included; `made` holds what it left."""

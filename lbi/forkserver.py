@@ -52,10 +52,10 @@ class ForkServer:
             stderr=subprocess.DEVNULL,
             env=self.variables,
             start_new_session=True,
-            text=True,
         )
         self._ended: dict[int, int] = {}
-        said = self._read()
+        self._received = b""
+        said = self._read() or {}
         self.refusal = said.get("refusal", "it did not start")
         self.import_s: float | None = said.get("import_s")
 
@@ -67,17 +67,21 @@ class ForkServer:
     def start(self, module: str, argument: str, log: Path, stdin: Path | str = os.devnull) -> Forked:
         """Fork a child that runs `module.main(Path(argument))` with its output in `log` and its input from `stdin`."""
         self._send({"module": module, "argument": argument, "log": str(log), "stdin": str(stdin)})
-        return Forked(self, int(self._read()["pid"]))
+        while (said := self._read()) is not None and "pid" not in said:
+            # An earlier child has ended meanwhile.
+            self._ended[said["ended"]] = said["returncode"]
+        if said is None:
+            raise ChildProcessError("the server that children are forked from has ended")
+        return Forked(self, int(said["pid"]))
 
     def poll(self, pid: int) -> int | None:
         """The return code of an ended child, as subprocess counts it; None while it lives.
 
         A server that has itself been killed took its children with it.
         """
-        stdout = self.process.stdout
-        while pid not in self._ended and stdout is not None and select.select([stdout], [], [], 0)[0]:
+        while pid not in self._ended and self._has_more():
             said = self._read()
-            if "ended" not in said:
+            if said is None:
                 return -int(signal.SIGKILL)
             self._ended[said["ended"]] = said["returncode"]
         return self._ended.pop(pid, None)
@@ -92,12 +96,27 @@ class ForkServer:
 
     def _send(self, message: dict[str, Any]) -> None:
         if self.process.stdin is not None:
-            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
 
-    def _read(self) -> dict[str, Any]:
-        line = self.process.stdout.readline() if self.process.stdout is not None else ""
-        return json.loads(line) if line else {}
+    def _has_more(self) -> bool:
+        """Whether `_read` would not block."""
+        stdout = self.process.stdout
+        return b"\n" in self._received or (stdout is not None and bool(select.select([stdout], [], [], 0)[0]))
+
+    def _read(self) -> dict[str, Any] | None:
+        """The next message; None if the server has ended.
+
+        Read past Python's buffers, which select does not see: two children may end at once.
+        """
+        while b"\n" not in self._received:
+            more = os.read(self.process.stdout.fileno(), 1 << 16) if self.process.stdout is not None else b""
+            if not more:
+                return None
+            self._received += more
+        line, self._received = self._received.split(b"\n", 1)
+        found: dict[str, Any] = json.loads(line)
+        return found
 
 
 class Forked:

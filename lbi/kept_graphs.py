@@ -40,6 +40,9 @@ from lbi.store import SCHEMA, process_is_dead, process_name
 PARTS = {"inductor": "TORCHINDUCTOR_CACHE_DIR", "triton": "TRITON_CACHE_DIR"}
 """Folders of a cache, and the variable that names each to its library."""
 
+TIMED = ".best_config"
+"""Ends the files in which inductor keeps what its kernels were timed to be best with."""
+
 COLD = "graph.json"
 """In an archive: what the graph's cold compile took."""
 
@@ -54,7 +57,8 @@ def architecture() -> str:
 class KeptGraphs:
     """The compile cache of one run. `node` is the node's for its environment, `kept` the store's folder for it.
 
-    `problems` says what could not be used or kept; the run goes on without it.
+    `problems` says what could not be used or kept; the run goes on without it. A run that had the device with others is
+    not `alone`, and what it timed is not kept.
     """
 
     key: str
@@ -64,6 +68,7 @@ class KeptGraphs:
     own: Path
     keeps: bool = True
     seeded: bool = False
+    alone: bool = True
     problems: list[str] = field(default_factory=list)
     _before: set[Path] = field(default_factory=set)
 
@@ -96,6 +101,10 @@ class KeptGraphs:
             self.problems.append(f"not all of the node's cache could be used ({error})")
         self._before = {file.relative_to(self.own) for file in _files(self.own)}
 
+    def known(self) -> bool:
+        """Whether an earlier run has compiled the graph, as far as names tell."""
+        return self._note().exists() or (self.kept is not None and any(self.kept.glob("*.tar.gz")))
+
     def cold(self) -> dict[str, float]:
         """What the graph's cold compile took, as `close` was told; empty where nobody knows."""
         try:
@@ -113,7 +122,7 @@ class KeptGraphs:
         """
         try:
             if start is not None and self.keeps:
-                added = [file for file in _files(self.own) if file.relative_to(self.own) not in self._before]
+                added = [file for file in _files(self.own) if self._is_for_others(file)]
                 self._give_to_node(added)
                 if start != "warm" and added:
                     cold = {"schema": SCHEMA, "phase_s": phase_s, "compile_s": compile_s or 0.0}
@@ -124,6 +133,10 @@ class KeptGraphs:
             self.problems.append(f"not kept ({error})")
         finally:
             shutil.rmtree(self.own, ignore_errors=True)
+
+    def _is_for_others(self, file: Path) -> bool:
+        """Whether the run has made the file, and it says nothing that is only so beside others."""
+        return file.relative_to(self.own) not in self._before and (self.alone or file.suffix != TIMED)
 
     def _note(self) -> Path:
         return self.node / "graphs" / f"{self.key}.json"

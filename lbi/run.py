@@ -91,6 +91,7 @@ def _open_graphs(config: LbiConfig, request: dict[str, Any], phases: Phases) -> 
     """Compiled graphs of earlier runs, before anything is compiled; None where nothing will be."""
     graphs = KeptGraphs.of(config, Path(request["compile_cache"]), Path(request["kept_graphs"]))
     if graphs is not None:
+        graphs.alone = not _only_compiles(request)
         with phases("open graphs"):
             graphs.open()
     return graphs
@@ -146,10 +147,12 @@ def _run(
     from lbi import measuring, race, scoring, steps
     from lbi.look_inside import look_inside
 
-    ready = make_ready(config, request, record, phases, checked=True, shared=shared)
+    ready = make_ready(config, request, record, phases, checked=not _only_compiles(request), shared=shared)
     engine, model, prompt, layers = ready.engine, ready.loaded.model, ready.prompt, ready.layers
     steps.warm_up(config, engine, prompt, record, phases)
     steps.keep_tuning(layers, ready.tuning)
+    if _only_compiles(request):
+        return
     racing = race.enter(config, request, engine, prompt, record, phases)
     tokens = measuring.measure(config, engine, prompt, record, phases, racing)
     if ready.check is not None:
@@ -161,6 +164,11 @@ def _run(
         scoring.score_quality(config, request, engine, record, phases)
     look_inside(config, engine, model, prompt, layers, record, phases)
     steps.trace(config, engine, prompt, record, phases)
+
+
+def _only_compiles(request: dict[str, Any]) -> bool:
+    """Whether this is a process of ahead.py, which is done when its graph is compiled."""
+    return request.get("until") == "compiled"
 
 
 def make_ready(

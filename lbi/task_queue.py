@@ -37,6 +37,11 @@ class TaskQueue:
                 return self._fresh[0]
             return self._busy[0][1] if self._busy else None
 
+    def waiting(self) -> list[Task]:
+        """The tasks that nobody has taken, in line."""
+        with self._lock:
+            return list(self._fresh)
+
     def take(self) -> Task | None:
         """The next task, to be measured now; None if none is left, or those left are not due yet."""
         with self._lock:

@@ -21,6 +21,7 @@ from typing import Any
 
 from lbi import reference, tracing
 from lbi.account import Account
+from lbi.ahead import Ahead
 from lbi.children import LIVES_ON, NOTHING, POLL_S, Child, Ended, Started, Starter, Stop, phase_of
 from lbi.claims import claimed
 from lbi.config import LbiConfig
@@ -114,6 +115,7 @@ class _Bench:
         self.owners: dict[str, str] = {}
         self.account = Account()
         self.sharing = Sharing(work.store.root)
+        self.ahead = Ahead(slot, starter, work.store.root, self._request_to_compile)
 
     def run_next(self) -> bool:
         """Wait for the slot's GPU, then measure the next task; False where there was none to measure yet.
@@ -135,12 +137,22 @@ class _Bench:
             try:
                 # While the GPU is held: a process that runs share must not be on it when another driver comes.
                 while task is not None:
+                    self._compile_ahead(task)
                     self._run_or_leave(task)
                     again = self.sharing.lives and not self.stop.wanted
                     task = self.work.queue.take_like(self.sharing.takes) if again else None
             finally:
                 self.sharing.end()
         return True
+
+    def _compile_ahead(self, task: Task) -> None:
+        """Compile the task's graph side by side with others, if no cache has them."""
+        due = self.ahead.due(task, self.work.queue.waiting())
+        if due and not self.stop.wanted:
+            # Many models at once need the memory that an idle shared process has.
+            self.sharing.end()
+            self.report("wait", task, f"{len(due)} graphs are being compiled side by side")
+            self.ahead.compile(due, self.stop)
 
     def _run_or_leave(self, task: Task) -> None:
         """Measure a run, or leave it for later if another process has it."""
@@ -172,6 +184,7 @@ class _Bench:
             self.report("end", task, "", self.store.result(task.run_id, task.env_id))
             return
         started, self.account = time.perf_counter(), Account()
+        started -= self.account.note_ahead(self.ahead.share(task))
         if not task.config.resources.shared_references:
             references |= {name: attempt.folder / "references" / name for name in ("logits", "greedy")}
             request["references"] = {name: str(folder) for name, folder in references.items()}
@@ -221,6 +234,11 @@ class _Bench:
             "references": {name: str(folder) for name, folder in references.items()},
             "slot": self.slot.record(),
         }
+
+    def _request_to_compile(self, task: Task) -> dict[str, Any]:
+        """What a process reads that compiles the run's graph and measures nothing."""
+        references = reference.folders(self.store.root, task.config, task.env_id)
+        return {**self._request(task, references), "isolation": {}}
 
     def _measure(self, task: Task, attempt: Attempt, isolation: Isolation) -> tuple[str, str]:
         """Have a process of its own measure the run, or the one that it shares; status and reason."""

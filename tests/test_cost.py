@@ -156,6 +156,24 @@ def test_a_graph_that_an_earlier_cell_compiles_is_warm_for_the_next(plan: MakePl
     assert here.seconds(greedy.config, greedy.env_id, here.paid())[0] == pytest.approx(second, abs=0.2)
 
 
+def test_what_was_compiled_ahead_is_a_cold_compile_and_not_spared(plan: MakePlan, store: Store) -> None:
+    made = plan("engine=hf", "cache=static", "compiler=inductor", "decoding=greedy,sampling", "quality=off")
+    greedy, sampling = tasks_of(made)
+    spent = {"quality": None, "warm up": None}
+    given = {"compile": "warm", "compile_cold_s": 60.0}
+    first = cost_of_run(greedy, **given, phases_s={**spent, "compile ahead": 30.0, "compile": 6.0})
+    second = cost_of_run(sampling, **given, phases_s={**spent, "compile": 6.0})
+    del first["quality"], second["quality"]
+    publish(store, greedy, first)
+    publish(store, sampling, second)
+    (saving,) = [one for one in spending(sweep_of(store, made), 0.0).savings if one.what.startswith("compiles")]
+    assert (saving.cells, saving.seconds) == (2, (60.0 - 36.0) + (60.0 - 6.0))
+    model = CostModel([("elsewhere", first), ("elsewhere", second)])
+    paid = model.paid()
+    cold, warm = (model.seconds(task.config, task.env_id, paid)[0] for task in (greedy, sampling))
+    assert cold - warm == pytest.approx(30.0, abs=0.2)
+
+
 def test_an_added_quantizer_is_estimated_by_its_like_and_the_rest_by_itself(plan: MakePlan, store: Store) -> None:
     known = tasks_of(plan("quantizer=none,int8_wo"))
     for task in known:

@@ -91,6 +91,19 @@ def test_an_exception_is_an_exit_code_and_a_traceback_in_the_log(server: ForkSer
     assert "RuntimeError: on purpose" in (tmp_path / "log.txt").read_text()
 
 
+def test_children_that_end_at_once_are_all_seen_to_end(server: ForkServer, tmp_path: Path) -> None:
+    children = []
+    for number in range(4):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        children.append(server.start("fake_run", str(folder), folder / "log.txt"))
+    for number in range(4):
+        wait_for(tmp_path / str(number) / "seen.json")
+    # All have ended, and said so, before the first is asked about.
+    time.sleep(0.2)
+    assert [child.wait() for child in children] == [3] * 4
+
+
 def wait_for(file: Path) -> None:
     deadline = time.monotonic() + 120
     while not file.exists():
