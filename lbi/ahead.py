@@ -83,7 +83,7 @@ class Ahead:
         self._new_server, began = False, time.perf_counter()
         # Without room on the disk there is no process; each cell compiles for itself then, and says what it meets.
         with suppress(OSError), ExitStack() as opened:
-            children = [self._start(task, stop, opened) for task in tasks]
+            children = [self._start(task, len(tasks) - 1, stop, opened) for task in tasks]
             for child in children:
                 child.wait(lambda phase: None)
         share = Share((time.perf_counter() - began) / len(tasks), self._new_server)
@@ -100,13 +100,14 @@ class Ahead:
         graphs = KeptGraphs.of(task.config, compile_cache(task.env_id), self.store / "compile_caches" / task.env_id)
         return graphs is not None and not graphs.known()
 
-    def _start(self, task: Task, stop: Stop, opened: ExitStack) -> Child:
-        """A process that compiles and measures nothing. It and its folder are gone when `opened` is closed."""
+    def _start(self, task: Task, beside: int, stop: Stop, opened: ExitStack) -> Child:
+        """A process that compiles `beside` others and measures nothing; closing `opened` ends it, folder and all."""
         folder = compile_cache(task.env_id) / "ahead" / f"{process_name()}-{graph_key(task.config)}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         opened.callback(shutil.rmtree, folder, ignore_errors=True)
-        write_json(folder / "config.json", {"schema": SCHEMA, **self.request(task), "until": "compiled"})
+        request = {**self.request(task), "until": "compiled", "beside": beside}
+        write_json(folder / "config.json", {"schema": SCHEMA, **request})
         started = self.starter.start("lbi.run", folder, folder / "log.txt", task.config, compile_cache(task.env_id))
         opened.callback(_end, started.process)
         self._new_server = self._new_server or started.new_server

@@ -57,8 +57,8 @@ def architecture() -> str:
 class KeptGraphs:
     """The compile cache of one run. `node` is the node's for its environment, `kept` the store's folder for it.
 
-    `problems` says what could not be used or kept; the run goes on without it. A run that had the device with others is
-    not `alone`, and what it timed is not kept.
+    `problems` says what could not be used or kept; the run goes on without it. A run that compiles `beside` so many
+    others keeps nothing that it has timed.
     """
 
     key: str
@@ -68,7 +68,7 @@ class KeptGraphs:
     own: Path
     keeps: bool = True
     seeded: bool = False
-    alone: bool = True
+    beside: int = 0
     problems: list[str] = field(default_factory=list)
     _before: set[Path] = field(default_factory=set)
 
@@ -106,12 +106,12 @@ class KeptGraphs:
         return self._note().exists() or (self.kept is not None and any(self.kept.glob("*.tar.gz")))
 
     def cold(self) -> dict[str, float]:
-        """What the graph's cold compile took, as `close` was told; empty where nobody knows."""
+        """What the graph's cold compile took, as `close` was told, and beside how many others; empty if unknown."""
         try:
             found = read_json(self._note(), SCHEMA) or {}
         except BadFile:
             return {}
-        numbers = {name: found.get(name) for name in ("phase_s", "compile_s")}
+        numbers = {name: found.get(name) for name in ("phase_s", "compile_s", "beside")}
         return {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
 
     def close(self, start: str | None, phase_s: float, compile_s: float | None) -> None:
@@ -125,7 +125,7 @@ class KeptGraphs:
                 added = [file for file in _files(self.own) if self._is_for_others(file)]
                 self._give_to_node(added)
                 if start != "warm" and added:
-                    cold = {"schema": SCHEMA, "phase_s": phase_s, "compile_s": compile_s or 0.0}
+                    cold = {"schema": SCHEMA, "phase_s": phase_s, "compile_s": compile_s or 0.0, "beside": self.beside}
                     write_json(self._note(), cold)
                     if self.kept is not None:
                         self._give_to_store(self.kept, [*added, *self._used()], cold)
@@ -136,7 +136,7 @@ class KeptGraphs:
 
     def _is_for_others(self, file: Path) -> bool:
         """Whether the run has made the file, and it says nothing that is only so beside others."""
-        return file.relative_to(self.own) not in self._before and (self.alone or file.suffix != TIMED)
+        return file.relative_to(self.own) not in self._before and not (self.beside and file.suffix == TIMED)
 
     def _note(self) -> Path:
         return self.node / "graphs" / f"{self.key}.json"

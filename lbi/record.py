@@ -21,6 +21,7 @@ class Record:
         self.samples: list[dict[str, Any]] = []
         self.text: dict[str, Any] = {}
         self.first_call_s = 0.0
+        self.last_warm_up_s = 0.0
         self.cost: dict[str, Any] = {}
 
     def write(self) -> None:

@@ -91,7 +91,7 @@ def _open_graphs(config: LbiConfig, request: dict[str, Any], phases: Phases) -> 
     """Compiled graphs of earlier runs, before anything is compiled; None where nothing will be."""
     graphs = KeptGraphs.of(config, Path(request["compile_cache"]), Path(request["kept_graphs"]))
     if graphs is not None:
-        graphs.alone = not _only_compiles(request)
+        graphs.beside = int(request.get("beside", 0))
         with phases("open graphs"):
             graphs.open()
     return graphs
@@ -112,6 +112,7 @@ def _close_graphs(graphs: KeptGraphs | None, record: Record, phases: Phases) -> 
         "start": start,
         "from_the_store": graphs.seeded,
         **({"cold_compile_s": known["compile_s"]} if "compile_s" in known else {}),
+        **({"cold_compile_beside": int(known["beside"])} if known.get("beside") else {}),
         **({"problems": graphs.problems} if graphs.problems else {}),
     }
 
@@ -152,6 +153,7 @@ def _run(
     steps.warm_up(config, engine, prompt, record, phases)
     steps.keep_tuning(layers, ready.tuning)
     if _only_compiles(request):
+        record.metrics["compile_s"] = max(0.0, record.first_call_s - record.last_warm_up_s)
         return
     racing = race.enter(config, request, engine, prompt, record, phases)
     tokens = measuring.measure(config, engine, prompt, record, phases, racing)

@@ -270,6 +270,7 @@ def warm_up(config: LbiConfig, engine: Engine, prompt: list[int], record: Record
     record.metrics["kv_bytes"] = float(cache["bytes"])
     _check_cache(config, cache)
     record.first_call_s = durations[0]
+    record.last_warm_up_s = durations[-1] if len(durations) > 1 else 0.0
     if compiled:
         _note_compiled(config, engine, record)
 

@@ -74,7 +74,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     ) -> Started:
         key = str(graph_key(config))
         request = json.loads((folder / "config.json").read_text()) if module == "lbi.run" else {}
-        seen.runs.append((request.get("until") or module, key))
+        seen.runs.append((request.get("until", module), key))
         arguments = ["child.py", str(folder), "hall", key, str(caches), seen.how]
         command = [sys.executable, *arguments] if module == "lbi.run" else ["true"]
         process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
@@ -207,14 +207,15 @@ def test_as_many_at_once_as_cores_and_memory_allow(plan: MakePlan, monkeypatch: 
 
 def test_what_was_timed_beside_others_is_not_kept(plan: MakePlan, tmp_path: Path) -> None:
     (task,) = tasks_of(plan(*COMPILED))
-    for alone, kept in ((False, {"kernel.py"}), (True, {"kernel.py", "kernel.best_config"})):
+    for beside, kept in ((2, {"kernel.py"}), (0, {"kernel.py", "kernel.best_config"})):
         graphs = kept_graphs.KeptGraphs.of(task.config, tmp_path / "node", tmp_path / "store")
         assert graphs is not None
-        graphs.alone = alone
+        graphs.beside = beside
         graphs.open()
         for name in ("kernel.py", "kernel.best_config"):
             (Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / name).write_text("made")
         graphs.close("cold", 1.0, 1.0)
+        assert graphs.cold()["beside"] == beside
         assert {file.name for file in (tmp_path / "node" / "inductor").iterdir()} == kept
 
 
@@ -227,4 +228,5 @@ def test_a_real_graph_is_warm_for_its_first_cell(run_lbi: Callable[..., Any], tm
     effective = [json.loads(file.read_text()) for file in tmp_path.glob("store/runs/*/*/attempt-1/effective.json")]
     assert [found["compiler"]["compile_cache"] for found in effective] == ["warm", "warm"]
     assert all(found["graph"]["cold_compile_s"] > 0 for found in effective)
+    assert [found["graph"]["cold_compile_beside"] for found in effective] == [1, 1]
     assert "compile ahead" in ran.stdout
