@@ -5,7 +5,8 @@ that is most of what a sweep of compiled cells costs. So when the first cell com
 processes that load, quantize, compile, warm up and measure nothing do that for it and for the graphs
 behind it, at the same time. What they make is kept as any run's is (kept_graphs.py), and each cell finds its own.
 Nothing is measured meanwhile, and nothing that has to be timed to be chosen is compiled so. A process that fails costs
-its time and nothing else: the cell compiles for itself.
+its time and nothing else: the cell compiles for itself. Off unless asked for, until a GPU has shown that cells are as
+fast with it as without.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ ROOM = 1.5
 """Memory that a process takes on a GPU, in sizes of the unquantized weights: these, quantized ones, and a cache."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Share:
     """What compiling ahead took for one graph: `seconds` of the slot, which its first cell is charged with.
 

@@ -180,9 +180,10 @@ def _parts(kind: Mapping[str, Any], cost: Mapping[str, Any], phases: Mapping[str
     if not kind["fork"] or not cost.get("forked") or cost.get("new_server"):
         parts["start"] = phases.get("start", 0.0)
     if "compile" in phases:
-        state = cost.get("compile") if "compile ahead" not in phases else "ahead of it"
+        state = cost.get("compile")
         # Of layers compiled one by one the first run is mixed, and costs what a cold one does.
-        part = "compile" if state is None else "compile warm" if state == "warm" else "compile cold"
+        warm = state == "warm" and "compile ahead" not in phases
+        part = "compile" if state is None else "compile warm" if warm else "compile cold"
         parts[part] = phases["compile"] + phases.get("compile ahead", 0.0)
     return parts | _passes(cost, phases)
 

@@ -158,8 +158,12 @@ def hqq_backend(config: LbiConfig, facts: ModelFacts, machine: Machine) -> str |
     return None
 
 
+MOST_ROWS_THAT_FAIL = 16
+"""What aten::_int_mm asks to be exceeded on a GPU; that it fails was seen with one row."""
+
+
 @rule(
-    "torchao 0.18.0, kernel/intmm.py: outside of torch.compile an int8 product is asked of cuBLAS and, where that "
+    "torchao 0.18.0, kernel/intmm.py: outside of torch.compile an int8 product is tried as such and, where that "
     "fails, repeated in float32; seen with one row on an H200, torch 2.11.0: 'operation failed due to a previous error "
     "during capture', and without a capture 0.4 s a token of an 8B model"
 )
@@ -170,13 +174,9 @@ def failed_products_end_a_capture(config: LbiConfig, facts: ModelFacts, machine:
     if config.workload.batch > MOST_ROWS_THAT_FAIL:
         return None
     return (
-        f"int8_da's products of {MOST_ROWS_THAT_FAIL} rows or fewer fail in cuBLAS, and a CUDA graph's capture with "
+        f"int8_da's products of {MOST_ROWS_THAT_FAIL} rows or fewer fail on a GPU, and a CUDA graph's capture with "
         "them: use compiler=cudagraph_linears"
     )
-
-
-MOST_ROWS_THAT_FAIL = 16
-"""torch's int8 product wants more rows than this on a GPU."""
 
 
 @rule("lbi/kernels/ternary_cpu.cpp is the only form of RSR, and its index has 16 bits for a column and for a length")
