@@ -128,11 +128,18 @@ def counters() -> dict[str, int]:
     }
 
 
-def start_of(seen: dict[str, int]) -> str:
-    """Whether inductor compiled (cold), found everything in its cache (warm), or some of it (mixed).
+HELD = "held"
+"""What `start_of` says of a graph that an earlier run of the process has compiled."""
 
-    Mixed is also a first compile of layers one by one, of which those of one shape find each other's.
+
+def start_of(seen: dict[str, int], holds: bool = False) -> str:
+    """Whether inductor compiled (cold), found everything in its cache (warm), some of it (mixed), or had nothing to do.
+
+    Mixed is also a first compile of layers one by one, of which those of one shape find each other's. `holds`: the
+    process has a graph of an earlier run in its memory, so that nothing at all may be left to compile (held).
     """
+    if holds and not seen["graphs"]:
+        return HELD
     if seen["cache_hits"] and not seen["cache_misses"]:
         return "warm"
     return "mixed" if seen["cache_hits"] else "cold"

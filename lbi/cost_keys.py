@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lbi.config import LbiConfig
-from lbi.graph_key import graph_key
+from lbi.graph_key import graph_key, held_key
 from lbi.identity import canonical, canonical_cache, canonical_decoding, canonical_quantizer, digest
 from lbi.share_key import share_key
 from lbi.typed import plain
@@ -43,6 +43,7 @@ class Kinds:
             "own_pass": own_pass(config),
             "fork": config.resources.fork,
             "shares": share_key(config),
+            "holds": held_key(config) if share_key(config) else None,
             "repetitions": measure.repetitions,
             "warmup": measure.warmup,
             "tokens": config.workload.new_tokens,

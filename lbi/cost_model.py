@@ -52,6 +52,7 @@ BY: dict[str, tuple[tuple[str, ...], ...]] = {
     "measure": SPEED_BY,
     "compile cold": COMPILE_BY,
     "compile warm": COMPILE_BY,
+    "compile held": COMPILE_BY,
     "compile": COMPILE_BY,
     "quality": (("model", "quantizer", "quality", "own_pass"), ("model", "method", "quality"), ("model", "quality")),
     "quality shared": (("model",), ()),
@@ -60,6 +61,14 @@ BY: dict[str, tuple[tuple[str, ...], ...]] = {
     "other": (("model",), ()),
 }
 """For each part what runs must have in common to be compared, the most alike first."""
+
+INSTEAD = {
+    "compile": ("compile cold",),
+    "compile cold": ("compile warm",),
+    "compile warm": ("compile cold",),
+    "compile held": ("compile warm", "compile cold"),
+}
+"""What stands in for a part of which nothing is known yet."""
 
 PAID_BY_THE_FIRST = ("import", "load", "quantize")
 """Parts that only the first of the runs pays for which share a process."""
@@ -125,9 +134,9 @@ class CostModel:
         total, guess = 0.0, False
         for part, times in self._shares(env_id, kind, paid).items():
             found = self._look_up(env_id, part, kind)
-            if found is None and part.startswith("compile"):
-                other = "compile warm" if part == "compile cold" else "compile cold"
-                found = self._look_up(env_id, other, kind)
+            if found is None and part in INSTEAD:
+                others = (self._look_up(env_id, other, kind) for other in INSTEAD[part])
+                found = next((other for other in others if other is not None), None)
                 if found is None:
                     device = config.engine.device
                     found, guess = PRIOR_S[device, config.compiler.backend] - PRIOR_S[device, "eager"], True
@@ -148,7 +157,8 @@ class CostModel:
             times["compile"] = 1.0
         else:
             first = paid.first(env_id, "graph", kind["graph"])
-            times["compile cold" if first else "compile warm"] = 1.0
+            held = kind.get("holds") and not paid.first(env_id, "held", kind.get("shares"), kind["holds"])
+            times["compile cold" if first else "compile held" if held else "compile warm"] = 1.0
         if kind["quality"]:
             first = paid.first(env_id, "quality", *_values(kind, QUALITY_OF))
             times["quality" if first else "quality shared"] = 1.0
@@ -176,6 +186,7 @@ def _parts(kind: Mapping[str, Any], cost: Mapping[str, Any], phases: Mapping[str
     if cost.get("shared_from"):
         # It used the process, with its compiler, and the model of another run: it says nothing about what these take.
         parts = {part: amount for part, amount in parts.items() if part not in PAID_BY_THE_FIRST}
+        parts |= {"compile held": phases.get("compile", 0.0)} if cost.get("compile") == "held" else {}
         return parts | _passes(cost, phases)
     if not kind["fork"] or not cost.get("forked") or cost.get("new_server"):
         parts["start"] = phases.get("start", 0.0)

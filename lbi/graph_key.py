@@ -1,4 +1,4 @@
-"""Which cells share a compiled graph.
+"""Which cells share a compiled graph, and which may use one as it lies in the memory of their process.
 
 The key groups and names: cells with one key follow each other in a unit, and a graph's files in the
 store lie under its key. What inductor really reuses is decided by its own keys, over the code itself;
@@ -45,6 +45,22 @@ def graph_key(config: LbiConfig) -> str | None:
         # generate() chooses the token outside of the model's forward pass; the loop's step has it in the graph.
         key["decoding"] = canonical_decoding(decoding)
     return digest("graph", key)
+
+
+def held_key(config: LbiConfig) -> str | None:
+    """12 hex digits that runs of one process have in common of which the second needs not compile; None for others.
+
+    They differ in how generate() chooses tokens, and in nothing that the graph sees: other shapes would be compiled
+    to a graph for any of them, which a run of its own would not have had. A prefill that is compiled has seen the
+    quality's text, and CUDA graphs keep memory that would be another run's.
+    """
+    compiler = config.compiler
+    graphed = compiler.mode in ("reduce-overhead", "max-autotune") or "cudagraph" in json.dumps(plain(compiler.options))
+    if compiler.backend != "inductor" or compiler.prefill or graphed or config.engine.kind != "hf":
+        return None
+    if config.resources.compile_cache == "off":
+        return None
+    return digest("held", {"graph": graph_key(config), "workload": canonical(plain(config.workload))})
 
 
 def _architecture(config: LbiConfig) -> str:

@@ -43,6 +43,9 @@ PARTS = {"inductor": "TORCHINDUCTOR_CACHE_DIR", "triton": "TRITON_CACHE_DIR"}
 TIMED = ".best_config"
 """Ends the files in which inductor keeps what its kernels were timed to be best with."""
 
+NEW = ("cold", "mixed")
+"""What `compilers.start_of` says where something was compiled."""
+
 COLD = "graph.json"
 """In an archive: what the graph's cold compile took."""
 
@@ -124,7 +127,7 @@ class KeptGraphs:
             if start is not None and self.keeps:
                 added = [file for file in _files(self.own) if self._is_for_others(file)]
                 self._give_to_node(added)
-                if start != "warm" and added:
+                if start in NEW and added:
                     cold = {"schema": SCHEMA, "phase_s": phase_s, "compile_s": compile_s or 0.0, "beside": self.beside}
                     write_json(self._note(), cold)
                     if self.kept is not None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lbi.config import LbiConfig
 from lbi.errors import InputError, OutOfMemory, RunFailure
 from lbi.files import read_json, write_json
-from lbi.kept_graphs import KeptGraphs
+from lbi.kept_graphs import NEW, KeptGraphs
 from lbi.process import Phases, cpu_seconds, die_with_parent, prepare
 from lbi.record import Record
 from lbi.store import SCHEMA
@@ -62,7 +62,9 @@ def attempt(folder: Path, share: Callable[[], Shared] | None = None) -> int:
         _close_graphs(graphs, record, phases)
         record.metrics["total_s"] = time.perf_counter() - started
         record.write()
-        spoilt = _put_back(shared, phases) if shared is not None else ""
+        if shared is not None:
+            shared.hold(config, request["run_id"], record)
+            spoilt = _put_back(shared, phases)
     except Exception as error:
         status, reason = _classify(error)
         traceback.print_exc()
@@ -103,7 +105,7 @@ def _close_graphs(graphs: KeptGraphs | None, record: Record, phases: Phases) -> 
         return
     with phases("keep graphs"):
         start, phase_s = record.cost.get("compile"), phases.seconds.get("compile", 0.0)
-        known = graphs.cold() if start == "warm" else {}
+        known = {} if start is None or start in NEW else graphs.cold()
         compile_s = record.metrics.get("compile_s") or record.effective.get("isolation", {}).get("compile_s")
         graphs.close(start, phase_s, compile_s)
     record.cost |= {"compile_cold_s": known["phase_s"]} if "phase_s" in known else {}
@@ -238,9 +240,9 @@ def _quantized(
     steps.check_context(config, loaded.model, len(prompt))
     slots = _slots(config, len(prompt))
     draft = load_draft(config, loaded.model)
-    if known is not None:
+    if shared is not None and known is not None:
         layers = known.layers
-        known.tell(record)
+        shared.tell(config, record)
     else:
         findings = Findings(record)
         layers = steps.quantize(config, loaded.model, sample, tuning, record, phases, kept)

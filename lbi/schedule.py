@@ -7,7 +7,7 @@ the baseline first, so that every later row can be compared while the sweep runs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from lbi import environment, tracing
 from lbi.config import LbiConfig
 from lbi.cost_model import CostModel
 from lbi.files import write_json
+from lbi.graph_key import graph_key, held_key
 from lbi.share_key import together
 from lbi.store import SCHEMA, Store
 from lbi.typed import plain
@@ -72,16 +73,24 @@ def _groups(tasks: Sequence[Task]) -> list[list[Task]]:
 
 
 def _with_their_graphs(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks in their order, but each directly after those before it that share its graph, or its loaded model."""
-    return [task for graph in _by_graph(tasks) for task in graph]
+    """The tasks in their order, but each directly after those before it that share its graph, or its loaded model.
+
+    Among those of one loaded model, one after another are those of one graph, which their process may hold.
+    """
+    return [task for shared in _by(together, tasks) for graph in _by(graph_of, shared) for task in graph]
 
 
-def _by_graph(tasks: Sequence[Task]) -> list[list[Task]]:
-    """Tasks that share a compiled graph, or a loaded model, together; one that shares neither is alone."""
-    graphs: dict[str | int, list[Task]] = {}
+def graph_of(config: LbiConfig) -> str | None:
+    """What a process may hold for runs that follow each other, else the graph that they find in a cache."""
+    return held_key(config) or graph_key(config)
+
+
+def _by(key: Callable[[LbiConfig], str | None], tasks: Sequence[Task]) -> list[list[Task]]:
+    """Tasks that have a key in common together; one that has none is alone."""
+    groups: dict[str | int, list[Task]] = {}
     for number, task in enumerate(tasks):
-        graphs.setdefault(together(task.config) or number, []).append(task)
-    return list(graphs.values())
+        groups.setdefault(key(task.config) or number, []).append(task)
+    return list(groups.values())
 
 
 def _packs(tasks: list[Task]) -> list[list[Task]]:
@@ -93,7 +102,7 @@ def _packs(tasks: list[Task]) -> list[list[Task]]:
     count = math.ceil(len(tasks) / tasks[0].config.resources.runs_per_job)
     share = math.ceil(len(tasks) / count)
     packs: list[list[Task]] = [[] for _ in range(count)]
-    for graph in sorted(_by_graph(tasks), key=len, reverse=True):
+    for graph in sorted(_by(together, tasks), key=len, reverse=True):
         left = graph
         while left:
             emptiest = min(packs, key=len)

@@ -1,8 +1,9 @@
 """A loaded and quantized model that several runs use in turn in one process, and the process put back between them.
 
 What a run adds to the model (a compiled forward pass, an attention function, buffers) is taken away again, by what
-the model's modules held when it was new. What cannot be taken away, a weight that was written to or a layer of
-another class, is found, and the model is then not used again.
+the model's modules held when it was new. A compiled graph alone stays, if the next run would compile the very same.
+What cannot be taken away, a weight that was written to or a layer of another class, is found, and the model is then
+not used again.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lbi.compilers import CompilerState
+from lbi.compilers import HELD, CompilerState
 from lbi.cost import PHASES
+from lbi.graph_key import held_key
 from lbi.process import Phases
 from lbi.record import Record
 
 if TYPE_CHECKING:
+    from lbi.config import LbiConfig
     from lbi.models import LoadedModel
     from lbi.quantizers.audit import Layer
 
-HELD = ("_parameters", "_buffers", "_modules")
+MAPPINGS = ("_parameters", "_buffers", "_modules")
 """Mappings of a module whose content is its own; a copy of its attributes alone would share them."""
 
 
@@ -57,10 +60,14 @@ class Findings:
 
 
 class Shared:
-    """The model that the runs of this process have in common; `kept` is None until the first has quantized it."""
+    """The model that the runs of this process have in common; `kept` is None until the first has quantized it.
+
+    `held` is the graph that the last run has left compiled, for one that is like it (graph_key.py).
+    """
 
     def __init__(self) -> None:
         self.kept: Kept | None = None
+        self.held: Held | None = None
 
     def keep(self, loaded: LoadedModel, layers: list[Layer], findings: Findings, run_id: str, phases: Phases) -> None:
         """Take what the run `run_id` has loaded and quantized, before an engine has touched it."""
@@ -69,15 +76,49 @@ class Shared:
         as_new, settings = Snapshot.of(loaded.model), Settings.take()
         self.kept = Kept(loaded, layers, findings, run_id, spent.get("load", 0.0), both, held_bytes(), as_new, settings)
 
+    def hold(self, config: LbiConfig, run_id: str, record: Record) -> None:
+        """Note that the run has compiled a graph that another may use as it is, if it has."""
+        if record.cost.get("compile") == HELD:
+            return
+        key, graphs = held_key(config), record.effective.get("compiler", {}).get("graphs", 0)
+        # At its limit dynamo gives up without a word, and a run after this one would be eager.
+        holds = key is not None and 0 < graphs < torch._dynamo.config.recompile_limit
+        self.held = Held(str(key), run_id) if holds else None
+
+    def tell(self, config: LbiConfig, record: Record) -> None:
+        """Say in the record of a later run what it has of earlier ones; what it cannot use of them is forgotten."""
+        if self.kept is None:
+            return
+        if self.held is not None and self.held.key != held_key(config):
+            self.held = None
+            forget_compiled()
+            give_memory_back()
+        if self.held is not None:
+            record.effective["isolation"] |= {"graph_of": self.held.run_id}
+        self.kept.tell(record)
+
     def put_back(self) -> str:
-        """Make model and process what they were when the model was new; what cannot be made so, or empty."""
+        """Make model and process what they were when the model was new, but for a graph that is held.
+
+        What cannot be made so, or empty.
+        """
         if self.kept is None:
             return ""
         self.kept.as_new.restore()
-        forget_compiled()
+        if self.held is None:
+            forget_compiled()
+        forget_counts()
         self.kept.settings.restore()
         give_memory_back()
         return self.kept.as_new.difference()
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A compiled graph in the memory of this process: the `held_key` of runs that may use it, and whose it was."""
+
+    key: str
+    run_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +179,7 @@ class Snapshot:
                 module,
                 type(module),
                 dict(module.__dict__),
-                {key: dict(module.__dict__[key]) for key in HELD},
+                {key: dict(module.__dict__[key]) for key in MAPPINGS},
             )
             for name, module in model.named_modules()
         }
@@ -213,12 +254,17 @@ class Settings:
 
 
 def forget_compiled() -> None:
-    """Have torch.compile start as in a new process: its graphs, what inductor holds in memory, and the counts."""
-    from torch._dynamo.utils import counters
+    """Have torch.compile start as in a new process: its graphs, and what inductor holds in memory."""
     from torch._inductor.utils import clear_caches
 
     torch._dynamo.reset()
     clear_caches()
+
+
+def forget_counts() -> None:
+    """Have dynamo's and inductor's counts start at zero."""
+    from torch._dynamo.utils import counters
+
     counters.clear()
 
 

@@ -119,14 +119,14 @@ def _savings(told: Sequence[Row], earlier: Sequence[Row]) -> Iterable[Saving]:
     )
     yield _saving(
         "compiles found in a cache",
-        "the phase `compile` of the graph's cold run, less that of the warm one and what was compiled ahead for it",
+        "the phase `compile` of the graph's cold run, less that of one warm or held and what was compiled ahead for it",
         (
             _less(
                 _number(row["cost"], "compile_cold_s"),
                 (row["spent_compile_s"] or 0.0) + (row["spent_compile_ahead_s"] or 0.0),
             )
             for row in told
-            if row["cost"].get("compile") == "warm"
+            if row["cost"].get("compile") in ("warm", "held")
         ),
     )
     yield _saving(

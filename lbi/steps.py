@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lbi import environment, identity, kept_choices, lossless, quantizing, roofline, rules, tracing
-from lbi.compilers import CompilerState, counters, start_of
+from lbi.compilers import HELD, CompilerState, counters, start_of
 from lbi.config import CacheConfig, CompilerConfig, DecodingConfig, LbiConfig
 from lbi.draft_models import Draft, drafts_from
 from lbi.engines import Engine, Generation, make, plain_engine, steps_to_look_at
@@ -289,10 +289,11 @@ def _note_compiled(config: LbiConfig, engine: Engine, record: Record) -> None:
             raise NotApplied(f"{config.compiler.name} was asked for and no step was replayed")
         return
     seen = counters()
-    # A compile that found its graphs in inductor's cache must not pass for a cold one.
-    record.effective["compiler"] = {**seen, "compile_cache": start_of(seen)}
-    record.cost["compile"] = start_of(seen)
-    if seen["graphs"] == 0:
+    # A compile that found its graphs in inductor's cache, or in memory, must not pass for a cold one.
+    start = start_of(seen, "graph_of" in record.effective.get("isolation", {}))
+    record.effective["compiler"] = {**seen, "compile_cache": start}
+    record.cost["compile"] = start
+    if seen["graphs"] == 0 and start != HELD:
         raise NotApplied(f"{config.compiler.name} was asked for and nothing was compiled")
     if config.compiler.fullgraph and seen["graph_breaks"]:
         raise NotApplied(f"fullgraph was asked for and there are {seen['graph_breaks']} graph breaks")

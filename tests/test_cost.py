@@ -14,8 +14,9 @@ from lbi.children import Started
 from lbi.collect import rows
 from lbi.cost import OWN, PHASES, SHARED, summed
 from lbi.cost_keys import Kinds
-from lbi.cost_model import PRIOR_S, CostModel
+from lbi.cost_model import PAID_BY_THE_FIRST, PRIOR_S, CostModel
 from lbi.files import read_json, write_json
+from lbi.graph_key import held_key
 from lbi.plan import Plan
 from lbi.report import cost_section
 from lbi.schedule import Durations, estimate, make_units
@@ -154,6 +155,69 @@ def test_a_graph_that_an_earlier_cell_compiles_is_warm_for_the_next(plan: MakePl
     assert first - second == pytest.approx(34.0 + 0.0, abs=0.2)
     here = CostModel([(greedy.env_id, cold), (greedy.env_id, warm)])
     assert here.seconds(greedy.config, greedy.env_id, here.paid())[0] == pytest.approx(second, abs=0.2)
+
+
+def test_a_graph_in_memory_is_learnt_and_spared_apart_from_one_in_a_cache(plan: MakePlan, store: Store) -> None:
+    grid = ("engine=hf", "cache=static", "compiler=inductor", "quality=off", "resources.isolation=shared_load")
+    made = plan(*grid, "decoding=greedy,sampling")
+    greedy, sampling = tasks_of(made)
+    spent = {"quality": None, "warm up": None}
+    shared = {"shared_from": greedy.run_id, "compile_cold_s": 40.0}
+    cold = cost_of_run(greedy, compile="cold", phases_s={**spent, "compile": 40.0})
+    held = cost_of_run(sampling, compile="held", **shared, phases_s={**spent, "compile": 2.0})
+    del cold["quality"], held["quality"]
+    publish(store, greedy, cold)
+    publish(store, sampling, held)
+    (saving,) = [one for one in spending(sweep_of(store, made), 0.0).savings if one.what.startswith("compiles")]
+    assert (saving.cells, saving.seconds) == (1, 38.0)
+    model = CostModel([("elsewhere", cold), ("elsewhere", held)])
+    paid = model.paid()
+    first, second = (model.seconds(task.config, task.env_id, paid)[0] for task in (greedy, sampling))
+    # The second neither compiles nor loads, quantizes or imports.
+    assert first - second == pytest.approx(
+        38.0 + sum(cold["phases_s"].get(part, 0.0) for part in PAID_BY_THE_FIRST), abs=1.0
+    )
+    alone = plan(*grid[:-1], "decoding=greedy,sampling")
+    paid = model.paid()
+    again = [model.seconds(task.config, task.env_id, paid)[0] for task in tasks_of(alone)]
+    assert again[1] > second + 30.0
+
+
+def test_runs_of_one_graph_follow_each_other_in_their_process(plan: MakePlan) -> None:
+    grid = ("engine=hf", "decoding=greedy,sampling", "cache=static,dynamic", "resources.isolation=shared_load")
+    compiled = plan(*grid, "compiler=inductor")
+    kinds = [(task.config.cache.kind, task.config.decoding.kind) for task in tasks_of(compiled)]
+    assert kinds == [(cache, how) for cache in ("dynamic", "static") for how in ("greedy", "sampling")]
+    keys = [held_key(task.config) for task in tasks_of(compiled)]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "compiler=eager",
+        "compiler.prefill=true",
+        "compiler.mode=reduce-overhead",
+        "+compiler.options={triton: {cudagraphs: true}}",
+        "resources.compile_cache=off",
+        "engine=loop",
+    ],
+)
+def test_a_graph_that_is_not_the_whole_of_what_a_process_holds_is_not_held(plan: MakePlan, override: str) -> None:
+    grid = ("engine=hf", "compiler=inductor", "cache=static")
+    (plain,) = tasks_of(plan(*grid))
+    assert held_key(plain.config) is not None
+    cells = [cell for cell in plan(*grid, override).cells if cell.config is not None]
+    assert [held_key(cell.config) for cell in cells if cell.config is not None] == [None]
+
+
+@pytest.mark.parametrize(
+    "override", ["workload.new_tokens=9", "workload.batch=2", "cache=dynamic", "quantizer=int8_wo"]
+)
+def test_a_run_with_other_shapes_or_weights_holds_another_graph(plan: MakePlan, override: str) -> None:
+    grid = ("engine=hf", "compiler=inductor", "cache=static")
+    found = [held_key(cell.config) for one in (grid, (*grid, override)) for cell in plan(*one).cells if cell.config]
+    assert len(set(found)) == 2
 
 
 def test_what_was_compiled_ahead_is_a_cold_compile_and_not_spared(plan: MakePlan, store: Store) -> None:

@@ -138,6 +138,31 @@ def test_compiled_runs_that_share_compile_as_if_they_were_alone(plan: Callable[.
     assert read(store, unit[1], "effective.json")["isolation"]["compile_s"] > 0
 
 
+@pytest.mark.slow
+def test_a_graph_serves_runs_that_differ_in_how_tokens_are_chosen(plan: Callable[..., Plan], store: Store) -> None:
+    """Each cache has its own graph, which the drawn tokens' run finds in memory; both ways give the same tokens."""
+    other = Store.open(store.root.with_name("isolated"), write=True)
+    grid = ("decoding=greedy,sampling", "cache=static,dynamic", "compiler=inductor", "compiler.dynamic=true")
+    shared = measured(plan, store, *grid, "quality=off", "resources.isolation=shared_load")
+    isolated = measured(plan, other, *grid, "quality=off")
+    assert [task.name for task in shared] == [task.name for task in isolated]
+    starts, graph_of = [], []
+    for mine, theirs in zip(shared, isolated, strict=True):
+        assert read(store, mine, "text.json")["tokens"] == read(other, theirs, "text.json")["tokens"], mine.name
+        effective = read(store, mine, "effective.json")
+        starts.append(effective["compiler"]["compile_cache"])
+        graph_of.append(effective["isolation"].get("graph_of"))
+        assert read(other, theirs, "effective.json")["compiler"]["compile_cache"] != "held"
+        assert (effective["compiler"]["graphs"] == 0) == (starts[-1] == "held")
+    assert [task.config.cache.kind for task in shared] == ["dynamic", "dynamic", "static", "static"]
+    # The node may have the graphs from other tests.
+    assert [start == "held" for start in starts] == [False, True, False, True]
+    assert graph_of == [None, shared[0].run_id, None, shared[2].run_id]
+    cost = store.result(shared[1].run_id, shared[1].env_id).cost  # type: ignore[union-attr]
+    assert cost["compile_cold_s"] > cost["phases_s"]["compile"] > 0.0
+    assert len({read(store, task, "process.json")["pid"] for task in shared}) == 1
+
+
 @pytest.fixture
 def model(plan: Callable[..., Plan]) -> Any:
     config = plan().cells[0].config
@@ -198,7 +223,7 @@ def test_settings_of_the_process_are_put_back() -> None:
     assert torch._dynamo.config.recompile_limit == limit
     assert torch._inductor.config.coordinate_descent_tuning == tuning
     torch._dynamo.utils.counters["stats"]["unique_graphs"] += 3
-    shared_model.forget_compiled()
+    shared_model.forget_counts()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
     assert Shared().put_back() == ""
 

@@ -129,4 +129,11 @@ def isolation(effective: dict[str, Any]) -> list[str]:
     earlier = [str(run) for run in _list(found.get("after"))]
     after = [f"after {', '.join(earlier)}" if earlier else "the first of its process"]
     left = [f"{size(found['left_bytes'])} left by those runs"] if finite(found.get("left_bytes")) else []
-    return ["a process that runs share", *after, *left, *([str(found["compared"])] if found.get("compared") else [])]
+    held = [f"with the graph that {found['graph_of']} compiled"] if found.get("graph_of") else []
+    return [
+        "a process that runs share",
+        *after,
+        *held,
+        *left,
+        *([str(found["compared"])] if found.get("compared") else []),
+    ]
