@@ -75,7 +75,7 @@ EXAMPLES: dict[str, Example] = {
     "group_divides_matrix": Example(("quantizer=hqq4", "quantizer.group_size=100"), TRIED),
     "int4_forms": Example(("quantizer=int4_wo", "quantizer.qparams=magic"), TRIED),
     "native_forms": Example(("quantizer=native_w4", "quantizer.group_size=4"), TRIED),
-    "failed_products_end_a_capture": Example(
+    "failed_products_want_eager": Example(
         ("quantizer=int8_da", "compiler=cudagraph", "cache=static"), GPU, device="cuda", capability=9.0
     ),
     "hqq_backend": Example(("quantizer=hqq4", "quantizer.backend=torchao_int4"), TRIED),
