@@ -59,8 +59,11 @@ class Mechanism:
 MECHANISMS = (
     Mechanism("forked imports", ("resources.fork=true",), ("resources.fork=false",)),
     Mechanism("shared loads", ("resources.isolation=shared_load",), ("resources.isolation=process",)),
-    Mechanism("kept graphs", ("resources.compile_cache=store",), ("resources.compile_cache=off",)),
-    Mechanism("graphs side by side", ("resources.compile_ahead=null",), ("resources.compile_ahead=1",)),
+    Mechanism(
+        "kept graphs",
+        ("resources.compile_cache=store", "resources.compile_ahead=null"),
+        ("resources.compile_cache=off", "resources.compile_ahead=1"),
+    ),
     Mechanism("shared quality", ("resources.shared_quality=true",), ("resources.shared_quality=false",)),
     Mechanism("kept weights", ("store.quantized_gb=20",), ("store.quantized_gb=0",)),
     Mechanism("kept references", ("resources.shared_references=true",), ("resources.shared_references=false",)),

@@ -36,7 +36,7 @@ class ResourcesConfig:
         "graphs that no cache has, compiled side by side before the first of their cells is measured; 1: each by its "
         "cell; null: on a GPU as many as cores (four each) and memory allow, on a CPU 1",
         low=1,
-        default=1,
+        default=None,
     )
     shared_quality: bool = knob(
         "take a cell's quality from the pass of another that would be the same; false has each cell do its own",
