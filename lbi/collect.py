@@ -142,19 +142,19 @@ def write_tables(folder: Path, table: Sequence[Row]) -> None:
     import pyarrow.parquet as pq
 
     table = [row | {"flags": "; ".join(row["flags"])} for row in table]
-    columns = [name for name in (table[0] if table else {}) if name not in ("missing", "cost")]
+    names = [name for name in (table[0] if table else {}) if name not in ("missing", "cost")]
+    columns = {name: [row[name] for row in table] for name in names}
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(zip(*columns.values(), strict=True))
     write_text(folder / "results.csv", text.getvalue())
     numbers = {*metric_columns(), *cost_columns(), "finished"}
     fields = [
         (name, pa.float64() if name in numbers else pa.int64() if name in ("cell", "attempt") else pa.string())
-        for name in columns
+        for name in names
     ]
     schema = pa.schema(fields, metadata={"lbi_schema": "1"})
-    arrays = [{name: row[name] for name in columns} for row in table]
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(arrays, schema=schema), sink)
+    pq.write_table(pa.Table.from_pydict(columns, schema=schema), sink)
     write_bytes(folder / "results.parquet", sink.getvalue().to_pybytes())

@@ -116,6 +116,11 @@ def test_what_ran_was_read_back(bench: Bench) -> None:
         samples = pq.read_table(folder / "samples.parquet").to_pylist()
         assert len({sample["repetition"] for sample in samples}) == 5
         assert len(samples) == 5 * 25
+        told = {number: sample["decode_tok_s"] for number, sample in enumerate(effective["samples"])}
+        for number, speed in told.items():
+            at = [one["seconds"] for one in samples if one["repetition"] == number and one["token"] >= 0]
+            assert speed == pytest.approx((len(at) - 1) / (at[-1] - at[0]))
+        assert len(told) == 5
         assert json.loads((folder / "env.json").read_text())["packages"]["torch"]
 
 

@@ -228,7 +228,15 @@ def test_answers_from_a_busy_machine_say_so(sweep: Callable[..., Sweep]) -> None
     assert text.index("Fastest") < text.index("Others took up to 90% of the CPU") < text.index("Speed against quality")
 
 
-def test_every_sample_is_shown_in_turn(sweep: Callable[..., Sweep]) -> None:
+def test_samples_are_told_by_the_run_itself(sweep: Callable[..., Sweep]) -> None:
+    made = sweep()
+    told = [{"decode_tok_s": 10.0, "void": ""}, {"decode_tok_s": 2.0, "void": "recompiled"}, {"decode_tok_s": None}, 3]
+    made.measured("none", 10.0, effective={"samples": told})
+    page = made.page()
+    assert page.details(0)["samples in turn, decode tok/s"] == "10, 2 (void: recompiled)"
+
+
+def test_samples_of_an_older_result_are_read_from_their_file(sweep: Callable[..., Sweep]) -> None:
     made = sweep()
     folder = made.store.run_folder(f"{made.measured('none', 10.0):012x}", "e0") / "attempt-1"
     steps = ((0.1, ""), (0.5, "recompiled"), (0.2, ""))

@@ -64,14 +64,22 @@ class Extent:
     numbers: bool
 
 
-def whole_details(rows: Sequence[Row], facts: Mapping[int, Facts], root: Path) -> dict[int, list[list[str]]]:
+Details = dict[int, list[list[str]]]
+"""The parts of each of `FIELDS`, by cell."""
+
+
+def whole_details(rows: Sequence[Row], facts: Mapping[int, Facts], root: Path) -> Details:
     """The parts of each of `FIELDS`, by cell, with nothing left out."""
     return {row["cell"]: _texts(row, facts[row["cell"]], root) for row in rows}
 
 
-def details(known: Mapping[int, list[list[str]]], extent: Extent) -> dict[str, Any]:
-    """`fields`, `pool` and the `cells`, ready to be embedded; `known` is what `whole_details` gives."""
-    cells = {cell: _within(extent, fields) for cell, fields in known.items()}
+def within(extent: Extent, known: Details) -> Details:
+    """So much of what `whole_details` gives."""
+    return {cell: _within(extent, fields) for cell, fields in known.items()}
+
+
+def details(cells: Details) -> dict[str, Any]:
+    """`fields`, `pool` and the `cells`, ready to be embedded."""
     counts = Counter(text for fields in cells.values() for parts in fields for text in parts)
     pooled = [text for text, count in counts.items() if count > 1 and len(text) > 4]
     pool = {text: index for index, text in enumerate(pooled)}

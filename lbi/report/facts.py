@@ -14,6 +14,7 @@ from typing import Any
 from lbi.collect import Row
 from lbi.files import BadFile, read_json
 from lbi.metrics import Timing
+from lbi.report.figures import finite
 from lbi.store import SCHEMA, Store
 
 
@@ -54,18 +55,30 @@ def _read(store: Store, row: Row) -> Facts:
     folder = Path(row["folder"])
     if row["status"] == "running":
         return Facts({}, {}, {}, {}, str(_file(store, folder / "progress.json").get("phase") or ""))
+    effective = _file(store, folder / "effective.json")
+    told = effective.get("samples")
     return Facts(
-        effective=_file(store, folder / "effective.json"),
+        effective=effective,
         environment=_file(store, folder / "env.json"),
         text=_file(store, folder / "text.json"),
         ending=_file(store, folder / "verdict.json") or _file(store, folder / "metrics.json"),
         phase="",
-        samples=_samples(store, folder / "samples.parquet"),
+        samples=_told(told) if isinstance(told, list) else _samples(store, folder / "samples.parquet"),
+    )
+
+
+def _told(samples: Sequence[Any]) -> tuple[Sample, ...]:
+    """Every repetition in the order in which it was taken, as effective.json has them."""
+    known = [sample for sample in samples if isinstance(sample, dict)]
+    return tuple(
+        Sample(sample["decode_tok_s"], str(sample.get("void") or ""))
+        for sample in known
+        if finite(sample.get("decode_tok_s"))
     )
 
 
 def _samples(store: Store, file: Path) -> tuple[Sample, ...]:
-    """Every repetition in the order in which it was taken."""
+    """The same from the file of all of them, for results from before effective.json had them."""
     if not file.exists():
         return ()
     import pyarrow as pa

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -22,7 +22,7 @@ from lbi.comparing import Comparison, compare
 from lbi.files import write_bytes
 from lbi.ranking import Table, tables
 from lbi.report import cost_section, sections
-from lbi.report.cell_details import Extent, details, whole_details
+from lbi.report.cell_details import Details, Extent, details, whole_details, within
 from lbi.report.cell_table import cell_table, controls
 from lbi.report.chart_figures import Figures
 from lbi.report.environments import environments
@@ -94,18 +94,23 @@ def render(content: Content) -> bytes:
     """The page, with as much of the details as fits."""
     known = whole_details(content.rows, content.facts, content.root)
     page = _page(content, bundle(), f"the Python package {PACKAGE} is not installed")
+    tried: Details | None = None
     for extent in EXTENTS:
-        filled = _with_details(page, known, extent)
+        cells = within(extent, known)
+        if cells == tried:
+            continue
+        filled, tried = _with_details(page, cells, extent), cells
         if len(filled) < MOST_BYTES:
             return filled
-    return _with_details(_page(content, None, "with them the file would be too large"), known, EXTENTS[-1])
+    least = within(EXTENTS[-1], known)
+    return _with_details(_page(content, None, "with them the file would be too large"), least, EXTENTS[-1])
 
 
-def _with_details(page: str, known: Mapping[int, list[list[str]]], extent: Extent) -> bytes:
-    """The page with so much of the details in it."""
+def _with_details(page: str, cells: Details, extent: Extent) -> bytes:
+    """The page with so much of the details in it, which are those `within` the extent."""
     filled = page.replace(SHORTENED, escaped(_shortened(extent)))
     # Generated text may hold half a character, which no encoding knows.
-    return filled.replace(DETAILS, embedded_json(details(known, extent)), 1).encode(errors="replace")
+    return filled.replace(DETAILS, embedded_json(details(cells)), 1).encode(errors="replace")
 
 
 def _page(content: Content, script: str | None, without: str) -> str:
