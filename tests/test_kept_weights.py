@@ -242,6 +242,13 @@ def test_what_costs_less_than_reading_it_is_not_kept(cell: LbiConfig, tmp_path: 
         _, _, record = had(slow, tmp_path / "2", tmp_path / "quantized")
     assert record.effective["quantized"] == "fresh"
     assert "as long as quantizing" in record.effective["quantized_notes"][0]
+    # Foreseen: so many bytes take longer than they would spare, and nothing is written.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_weights, "READ_BYTES_PER_S", 1.0)
+        patch.setattr(kept_weights, "_compare", lambda *given: pytest.fail("it was written"))
+        _, _, record = had(slow, tmp_path / "3", tmp_path / "quantized")
+    assert record.effective["quantized"] == "fresh"
+    assert "spares too little" in record.effective["quantized_notes"][0]
     assert not entries(tmp_path / "quantized")
 
 
