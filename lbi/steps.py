@@ -290,7 +290,11 @@ def _note_compiled(config: LbiConfig, engine: Engine, record: Record) -> None:
         return
     seen = counters()
     # A compile that found its graphs in inductor's cache, or in memory, must not pass for a cold one.
-    start = start_of(seen, "graph_of" in record.effective.get("isolation", {}))
+    isolation = record.effective.get("isolation", {})
+    start = start_of(seen, "graph_of" in isolation)
+    if start != HELD:
+        # The process has an earlier run's graph, and it did not fit.
+        isolation.pop("graph_of", None)
     record.effective["compiler"] = {**seen, "compile_cache": start}
     record.cost["compile"] = start
     if seen["graphs"] == 0 and start != HELD:
