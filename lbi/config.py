@@ -344,7 +344,7 @@ class StoreConfig:
         low=0.0,
     )
     quantized_s: float = knob(
-        "they are kept if quantizing took at least this long, in seconds, and longer than reading them back; 0: all",
+        "they are kept if quantizing took at least this long, in seconds, and twice as long as reading takes; 0: all",
         default=2.0,
         low=0.0,
     )
